@@ -1,0 +1,154 @@
+"""Checkpoints: a PEFT adapter, and beside it the state that resumes a run exactly. Written whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fdfo.config import TrainConfig, UserError, config_from_json
+from fdfo.model import FlowModel, hub_errors
+from fdfo.update import LossScale
+
+ADAPTER, STATE, TENSORS = "adapter_model.safetensors", "training_state.json", "training_state.safetensors"
+HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/tree/([\w.-]+)/([\w./-]+?)/?")
+HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+?)/?")
+FIXED_ON_RESUME = (
+    "seed", "lora_rank", "lora_alpha", "pretrained_model", "prompt_set", "total_pairs_per_epoch", "gradient_steps_per_epoch",
+    "sample", "churn", "reward_preset", "reward_specs", "precision",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter folder, and the run it belongs to where it lies in one."""
+
+    folder: Path
+    run: Path | None  # the run folder, with a config.json
+
+    @property
+    def resumable(self) -> bool:
+        return self.run is not None and (self.folder / STATE).is_file()
+
+
+def find_checkpoint(text: str) -> Checkpoint:
+    """The checkpoint that a user names: a checkpoint folder, a run folder (its latest one), or a folder on the hub.
+
+    Hub names are https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER and hf:OWNER/NAME/FOLDER; that folder alone is
+    downloaded. Raises UserError when there is no adapter.
+    """
+    if "://" in text or text.startswith("hf:"):
+        folder = download_folder(text)
+    else:
+        folder = Path(text)
+        if (folder / "checkpoints").is_dir():
+            folder = latest_checkpoint(folder)
+    if not (folder / "adapter_config.json").is_file() or not (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{text} holds no adapter: give a folder with adapter_config.json and {ADAPTER}, such as "
+            "runs/00000-NAME/checkpoints/epoch-0000005, or a run folder."
+        )
+    run = folder.resolve().parent.parent
+    return Checkpoint(folder, run if (run / "config.json").is_file() else None)
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run folder. Raises UserError when there is none."""
+    complete = sorted(p for p in (run / "checkpoints").glob("epoch-*") if (p / STATE).is_file())
+    if not complete:
+        raise UserError(f"{run} holds no complete checkpoint yet: start the run anew, or give another folder.")
+    return complete[-1]
+
+
+def download_folder(text: str) -> Path:
+    """One folder of a hub repository, from the cache where it is there already. Raises UserError."""
+    if match := HUB_URL.fullmatch(text):
+        repository, revision, folder = match.groups()
+    elif match := HUB_SHORT.fullmatch(text):
+        (repository, folder), revision = match.groups(), "main"
+    else:
+        raise UserError(
+            f"{text} is not a folder on the hub: write https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER or hf:OWNER/NAME/FOLDER."
+        )
+    if ".." in folder.split("/"):
+        raise UserError(f"{text} points outside its repository: give a plain folder name.")
+    with hub_errors(repository):
+        root = snapshot_download(repository, revision=revision, allow_patterns=[f"{folder}/*"])
+    return Path(root) / folder
+
+
+def saved_config(checkpoint: Checkpoint) -> TrainConfig | None:
+    """The config of the run that a checkpoint belongs to."""
+    if checkpoint.run is None:
+        return None
+    path = checkpoint.run / "config.json"
+    return config_from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
+    """Raises UserError when a resumed run would no longer be the run it continues."""
+    for name in FIXED_ON_RESUME:
+        before, now = getattr(saved, name), getattr(config, name)
+        if name == "sample":  # the micro-batch may change, the samples may not
+            before, now = (before.num_solver_steps, before.guidance_scale, before.resolution), (
+                now.num_solver_steps, now.guidance_scale, now.resolution,
+            )  # fmt: skip
+        if before != now:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} was {before} in the run to resume and is {now} now: leave it as it was, or start a new run.")
+
+
+def save_checkpoint(run: Path, epoch: int, model: FlowModel, optimizer: torch.optim.AdamW, scale: LossScale, samples: int) -> Path:
+    """Writes checkpoints/epoch-NNNNNNN after `epoch` whole epochs: adapter, optimizer, loss scale, counters."""
+    final = run / "checkpoints" / f"epoch-{epoch:07d}"
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        config = model.peft.peft_config["default"]
+        config.base_model_name_or_path = model.name
+        config.save_pretrained(str(partial))
+        save_file(model.adapter_state(), partial / ADAPTER, metadata={"format": "pt"})
+        save_file(optimizer_tensors(model, optimizer), partial / TENSORS)
+        counters = {"epoch": epoch, "loss_scale": scale.value, "calm_steps": scale.calm_steps, "samples": samples}
+        (partial / STATE).write_text(json.dumps(counters, indent=2) + "\n")
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    except OSError as error:
+        raise UserError(f"The checkpoint {final} cannot be written ({error.strerror}): make room or give another --runs-dir.") from error
+    return final
+
+
+def optimizer_tensors(model: FlowModel, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """AdamW's state under the parameters' names."""
+    tensors = {}
+    for name, parameter in model.named_trainable():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}:{name}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def load_training_state(checkpoint: Checkpoint, model: FlowModel, optimizer: torch.optim.AdamW) -> tuple[int, LossScale, int]:
+    """Restores the optimizer; returns the number of epochs done, the loss scale and the samples seen. Raises UserError."""
+    try:
+        counters = json.loads((checkpoint.folder / STATE).read_text())
+        tensors = load_file(checkpoint.folder / TENSORS)
+        for name, parameter in model.named_trainable():
+            state = {key: tensors[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            if state["exp_avg"].shape != parameter.shape:
+                raise ValueError(f"{name} has another shape")
+            optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
+        scale = LossScale(float(counters["loss_scale"]), int(counters["calm_steps"]))
+        return int(counters["epoch"]), scale, int(counters["samples"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"The training state in {checkpoint.folder} is damaged ({error}): resume from another checkpoint.") from error

@@ -1,0 +1,105 @@
+"""The run folder, its log, and the clock of the stages."""
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fdfo.config import TrainConfig, UserError, config_to_json
+
+
+def check_writable(runs_dir: Path) -> None:
+    """Raises UserError when no run folder could be made there. Writes nothing."""
+    import os
+
+    parent = runs_dir.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"No run folder can be made in {runs_dir}: {parent} is not a folder you can write to; give another --runs-dir.")
+
+
+def create_run_folder(config: TrainConfig) -> Path:
+    """runs/NNNNN-name with the next free number, and config.json in it. Raises UserError when it cannot be written."""
+    name = config.run_name or f"{default_reward_name(config)}-cfg_{config.sample.guidance_scale}".replace(".", "p")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"--run-name {name!r} is no folder name: use letters, digits, '.', '_' and '-'.")
+    try:
+        config.runs_dir.mkdir(parents=True, exist_ok=True)
+        taken = [int(p.name[:5]) for p in config.runs_dir.iterdir() if re.match(r"\d{5}-", p.name)]
+        run = config.runs_dir / f"{max(taken, default=-1) + 1:05d}-{name}"
+        run.mkdir()
+        (run / "config.json").write_text(config_to_json(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"No run folder can be made in {config.runs_dir} ({error.strerror}): give another --runs-dir.") from error
+    return run
+
+
+def default_reward_name(config: TrainConfig) -> str:
+    return "custom" if config.reward_specs else config.reward_preset
+
+
+class RunLog:
+    """training_log.jsonl, one object a line, of kind start, step or epoch; and Weights & Biases where asked for."""
+
+    def __init__(self, run: Path, config: TrainConfig, epochs_done: int, main: bool):
+        """Lines of epochs that a resumed run will do again are taken out first. Only the main process writes."""
+        self.path, self.main, self.wandb = run / "training_log.jsonl", main, None
+        if not main:
+            return
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs_done]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.rename(self.path)
+        if config.log_wandb:
+            import wandb
+
+            self.wandb = wandb.init(project="fdfo", name=run.name, dir=run, config=json.loads(config_to_json(config)), resume="allow", id=run.name)
+
+    def write(self, kind: str, epoch: int, **values: object) -> None:
+        """Appends one object. epoch counts whole epochs done once this line's epoch is over."""
+        if not self.main:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "epoch": epoch, **values}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"epoch": epoch})
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+class StageClock:
+    """Seconds spent in each named stage since the last reading."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Seconds by stage, rounded to milliseconds; the clock starts again from 0."""
+        seconds, self.seconds = self.seconds, {}
+        return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory in use so far: allocated on the GPU, or resident on the CPU, GiB."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

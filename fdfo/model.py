@@ -1,0 +1,272 @@
+"""The text-to-image flow model: a frozen StableDiffusion3Pipeline with a LoRA on its transformer (METHOD.md 1 and 4)."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers
+import httpx
+import torch
+import transformers
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fdfo.config import UserError
+from fdfo.tiny import TINY_MODEL
+
+COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TRAINING_TEXT_LENGTH = 128  # T5 tokens in training
+PICTURE_TEXT_LENGTH = 256  # T5 tokens for evaluation pictures
+BUNDLED_MODELS = {"tiny": TINY_MODEL}
+DECODE_BATCH = 8  # pictures; on a CPU larger batches fall out of its caches and take twice as long
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """Encoded prompts, one a row."""
+
+    tokens: torch.Tensor  # [N, L, D], CLIP's tokens, then T5's
+    pooled: torch.Tensor  # [N, D']
+
+    def rows(self, index: torch.Tensor | slice) -> "TextEmbeddings":
+        return TextEmbeddings(self.tokens[index], self.pooled[index])
+
+
+class FlowModel:
+    """The pipeline on one device, its LoRA, and the three things that training asks of it: text, velocity, pictures."""
+
+    def __init__(self, name: str, precision: str, device: torch.device):
+        """Loads the pipeline from a hub id or a folder, frozen: float32 for precision fp32, else bfloat16 (METHOD.md 4).
+
+        Raises UserError when it cannot be had, or when a half precision is asked for without a GPU.
+        """
+        if precision != "fp32" and device.type == "cpu":
+            raise UserError(
+                "There is no GPU here, and this model needs one: try `python train.py --preset tiny`, which needs none, or add "
+                "--precision fp32 to run on the CPU all the same."
+            )
+        self.name, self.precision, self.device = name, precision, device
+        self.compute_type = COMPUTE_TYPES[precision]
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.pipe = load_pipeline(name, dtype)
+        self.pipe.set_progress_bar_config(disable=True)
+        for module in self._modules():
+            module.requires_grad_(False).eval()
+        self.pipe.vae.to(memory_format=torch.channels_last)
+        self.peft = None
+        self.resolution_step = self.pipe.vae_scale_factor * self.pipe.patch_size
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+    # -- adapter
+
+    def add_lora(self, rank: int, alpha: int, seed: int) -> None:
+        """A fresh float32 LoRA (METHOD.md 4): Gaussian A from the seed, B = 0."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._attach(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=self.lora_targets()))
+
+    def load_adapter(self, folder: Path) -> None:
+        """The PEFT adapter that lies in a folder, replacing none. Raises UserError if it does not fit this transformer."""
+        config = read_adapter_config(folder)
+        self._attach(config)
+        try:
+            state = load_file(folder / "adapter_model.safetensors")
+            result = set_peft_model_state_dict(self.peft, state)
+        except (RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"The adapter in {folder} does not fit {self.name} ({reason}): give its own base model.") from error
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        if result.unexpected_keys or missing:
+            strange = (result.unexpected_keys + missing)[0]
+            raise UserError(f"The adapter in {folder} does not fit {self.name} (at {strange}): give its own base model.")
+
+    def lora_targets(self) -> list[str]:
+        """Full names of the joint attention's linear layers; the last block has no to_add_out, attn2 is not adapted."""
+        blocks = range(self.pipe.transformer.config.num_layers)
+        names = [f"transformer_blocks.{block}.attn.{target}" for block in blocks for target in LORA_TARGETS]
+        return names[:-1]
+
+    def _attach(self, config: LoraConfig) -> None:
+        expected = set(self.lora_targets())
+        try:
+            self.peft = get_peft_model(self.pipe.transformer, config)
+        except ValueError as error:
+            raise UserError(f"The LoRA binds to no module of {self.name}: give an adapter of an SD3 transformer.") from error
+        found = {name for name, module in self.pipe.transformer.named_modules() if hasattr(module, "lora_A")}
+        if found != expected:
+            lines = [f"  missing {name}" for name in sorted(expected - found)]
+            lines += [f"  unexpected {name}" for name in sorted(found - expected)]
+            raise UserError(
+                f"The LoRA binds to {len(found)} modules of {self.name}, the architecture has {len(expected)}: give an adapter "
+                "of the joint attention's linear layers. Differences:\n" + "\n".join(lines)
+            )
+        for parameter in self.trainable():
+            assert parameter.dtype == torch.float32
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The LoRA's parameters, in a fixed order."""
+        return [parameter for _, parameter in self.named_trainable()]
+
+    def named_trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.pipe.transformer.named_parameters() if "lora_" in name]
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors on the CPU, under the names of a PEFT adapter file."""
+        state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """The adapter is off inside."""
+        if self.peft is None:
+            yield
+        else:
+            with self.peft.disable_adapter():
+                yield
+
+    # -- devices
+
+    def to_device(self, text_encoders: bool = True) -> None:
+        """Everything on the device; the text encoders on the CPU where they are not wanted."""
+        for module in self._modules():
+            module.to(self.device)
+        if not text_encoders:
+            self.move_text_encoders(torch.device("cpu"))
+
+    def move_text_encoders(self, device: torch.device) -> None:
+        for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
+            encoder.to(device)
+
+    # -- text, velocity, pictures
+
+    def text_length(self, wanted: int) -> int:
+        """T5 tokens: as wanted, but never more than the model was trained for (METHOD.md 4 and 5)."""
+        return min(wanted, self.pipe.tokenizer_3.model_max_length)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], text_length: int = TRAINING_TEXT_LENGTH, batch_size: int = 64) -> TextEmbeddings:
+        """Text embeddings of prompts: tokens [N, L, D] and pooled [N, D'], outside autocast."""
+        tokens, pooled = [], []
+        for i in range(0, len(prompts), batch_size):
+            encoded, _, summary, _ = self.pipe.encode_prompt(
+                prompt=list(prompts[i : i + batch_size]),
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.text_length(text_length),
+            )
+            tokens.append(encoded)
+            pooled.append(summary)
+        return TextEmbeddings(torch.cat(tokens), torch.cat(pooled))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.compute_type, enabled=self.precision != "fp32")
+
+    def velocity(
+        self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings, empty: TextEmbeddings | None, guidance: float
+    ) -> torch.Tensor:
+        """v at x [N, C, H, W] and noise levels sigma [N] float32, with guidance (METHOD.md 1) -> [N, C, H, W].
+
+        empty is the encoded empty prompt, one row; it is needed where guidance differs from 1.
+        """
+        if guidance == 1.0:
+            return self._forward(x, sigma, text)
+        n = len(x)
+        both = TextEmbeddings(
+            torch.cat([empty.tokens.expand(n, -1, -1), text.tokens]), torch.cat([empty.pooled.expand(n, -1), text.pooled])
+        )
+        v_neg, v_pos = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)
+        return v_neg + guidance * (v_pos - v_neg)
+
+    def _forward(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
+        with self.autocast():
+            return self.pipe.transformer(
+                hidden_states=x,
+                timestep=1000 * sigma,
+                encoder_hidden_states=text.tokens,
+                pooled_projections=text.pooled,
+                return_dict=False,
+            )[0]
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [N, C, H, W] -> images [N, 3, 8 H, 8 W] float32 in [0, 1], DECODE_BATCH at a time."""
+        config, images = self.pipe.vae.config, []
+        for batch in latents.split(DECODE_BATCH):
+            scaled = (batch / config.scaling_factor + config.shift_factor).to(memory_format=torch.channels_last)
+            with self.autocast():
+                decoded = self.pipe.vae.decode(scaled, return_dict=False)[0]
+            images.append((decoded.float() / 2 + 0.5).clamp(0, 1).contiguous())
+        return torch.cat(images)
+
+    def sigmas(self, steps: int) -> torch.Tensor:
+        """The scheduler's grid for that many steps, from 1 to 0 (METHOD.md 1): [T + 1] float32."""
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(steps)
+        return scheduler.sigmas.to(torch.float32)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """C, H, W of the latents of square pictures. Raises UserError for a resolution the model cannot draw."""
+        step, config = self.resolution_step, self.pipe.transformer.config
+        largest = config.pos_embed_max_size * step
+        if resolution % step or resolution > largest:
+            raise UserError(f"The resolution {resolution} does not fit {self.name}: give a multiple of {step} up to {largest}.")
+        size = resolution // self.pipe.vae_scale_factor
+        return (config.in_channels, size, size)
+
+
+def load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """StableDiffusion3Pipeline from a hub id, a folder or the bundled "tiny", on the CPU. Raises UserError when it cannot be had."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    argument = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 42) else "torch_dtype"
+    with hub_errors(name):
+        return StableDiffusion3Pipeline.from_pretrained(str(BUNDLED_MODELS.get(name, name)), **{argument: dtype})
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turns the ways in which a model cannot be had into one sentence."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name} is gated: accept its licence on https://huggingface.co/{name} and run `hf auth login`, then start again."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"The hub has no repository {name}, or it is private or gated: check the name, accept its licence, `hf auth login`."
+        ) from error
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+        raise UserError(
+            f"{name} cannot be loaded ({reason}): check the name and the network; for a gated model accept its licence "
+            "and run `hf auth login`; a folder must hold a complete model."
+        ) from error
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The LoraConfig of an adapter folder. Raises UserError if the folder holds no LoRA adapter."""
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{folder} holds no adapter: give a folder with adapter_config.json and adapter_model.safetensors, such as "
+            "runs/00000-NAME/checkpoints/epoch-0000005."
+        )
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder}/adapter_config.json is not the configuration of a PEFT adapter: restore the file.") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"The adapter in {folder} is no LoRA: give a LoRA adapter.")
+    config.inference_mode = False
+    return config

@@ -1,0 +1,46 @@
+"""Prompt sets, and which prompt belongs to which pair."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fdfo.config import UserError
+
+PROMPT_SETS = Path(__file__).parent.parent / "prompt_sets"
+PICKSCORE_COMMAND = (
+    "curl -L -o prompt_sets/pickscore_train.txt https://raw.githubusercontent.com/yifan123/flow_grpo/"
+    "9745241cf1101407e9b518dd4f10498092150522/dataset/pickscore/train.txt"
+)
+
+
+def load_prompts(name: str) -> list[str]:
+    """The prompts of a set in prompt_sets/, or of a text file with one prompt a line; blank lines are left out.
+
+    Raises UserError when there is no such set or file, or nothing in it.
+    """
+    path = PROMPT_SETS / f"{name}.txt"
+    if "/" in name or name.endswith(".txt"):
+        path = Path(name)
+    if not path.is_file():
+        if name == "pickscore_train":
+            raise UserError(f"The prompt set pickscore_train is not here yet: fetch it with\n  {PICKSCORE_COMMAND}")
+        known = ", ".join(sorted(p.stem for p in PROMPT_SETS.glob("*.txt")))
+        raise UserError(f"There is no prompt set {name!r}: give a text file with one prompt a line, or one of {known}.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt file {path} is not UTF-8 text: save it as UTF-8.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"The prompt file {path} has no prompts: write one prompt a line.")
+    return prompts
+
+
+def epoch_prompts(prompts: list[str], epoch: int, pairs: int, seed: int) -> list[str]:
+    """The prompt of every pair of an epoch: a walk through one seeded permutation of the set after another.
+
+    Pair k of the epoch stands at position epoch * pairs + k of that walk, which knows no ranks and no history.
+    """
+    positions = np.arange(epoch * pairs, (epoch + 1) * pairs)
+    order = {lap: np.random.default_rng([seed, lap]).permutation(len(prompts)) for lap in set(positions // len(prompts))}
+    return [prompts[order[p // len(prompts)][p % len(prompts)]] for p in positions]

@@ -1,0 +1,182 @@
+"""The training loop (METHOD.md 2 to 4), one stage a line."""
+
+import math
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fdfo.checkpoint import Checkpoint, check_resume, load_training_state, save_checkpoint, saved_config
+from fdfo.config import BatchPlan, TrainConfig, UserError, plan_batches
+from fdfo.distributed import Job
+from fdfo.logger import RunLog, StageClock, check_writable, create_run_folder, peak_memory_gib
+from fdfo.model import FlowModel
+from fdfo.prompts import epoch_prompts, load_prompts
+from fdfo.rollout import (
+    Differences,
+    check_first_scores,
+    encode_prompts,
+    gather_scores,
+    sample_share,
+    score_share,
+)
+from fdfo.update import LossScale, StepStats, make_optimizer, optimizer_step, step_samples
+from rewards import WeightedReward, build_scorer, reward_weights
+
+
+@dataclass
+class Run:
+    """Everything that a training run holds between epochs."""
+
+    folder: Path
+    plan: BatchPlan
+    prompts: list[str]
+    model: FlowModel
+    reward: WeightedReward
+    optimizer: torch.optim.AdamW
+    scale: LossScale
+    epochs_done: int
+    samples_seen: int  # optimizer steps' samples so far; 0 before the first update
+
+
+def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
+    """Checks everything that can be checked, loads the models, and only then makes or reopens the run folder."""
+    plan = plan_batches(config, job.world_size)
+    weights = reward_weights(config.reward_preset, config.reward_specs)
+    prompts = load_prompts(config.prompt_set)
+    if config.heldout_prompt_set is not None:
+        load_prompts(config.heldout_prompt_set)
+    check_writable(config.runs_dir)
+    resumed = checkpoint is not None and checkpoint.resumable
+    if resumed:
+        check_resume(config, saved_config(checkpoint))
+    model = FlowModel(config.pretrained_model, config.precision, job.device)
+    model.latent_shape(config.sample.resolution)
+    if checkpoint is None:
+        model.add_lora(config.lora_rank, config.lora_alpha, config.seed)
+    else:
+        model.load_adapter(checkpoint.folder)
+        check_lora_numbers(model, config, checkpoint)
+    model.to_device(text_encoders=not config.memory_efficient)
+    optimizer = make_optimizer(model, config)
+    epochs_done, scale, samples_seen = 0, LossScale.start(config.precision), 0
+    if resumed:
+        epochs_done, scale, samples_seen = load_training_state(checkpoint, model, optimizer)
+    scorers = {name: build_scorer(name, job, config.vlm_model_name, config.vlm_use_fsdp, training=True) for name in weights}
+    folder = checkpoint.run if resumed else job.on_main(lambda: create_run_folder(config))
+    if resumed:
+        job.print(f"resuming {folder} after epoch {epochs_done}")
+    elif checkpoint is not None:
+        job.print(f"{checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
+    return Run(folder, plan, prompts, model, WeightedReward(weights, scorers), optimizer, scale, epochs_done, samples_seen)
+
+
+def check_lora_numbers(model: FlowModel, config: TrainConfig, checkpoint: Checkpoint) -> None:
+    lora = model.peft.peft_config["default"]
+    if (lora.r, lora.lora_alpha) != (config.lora_rank, config.lora_alpha):
+        raise UserError(
+            f"The adapter in {checkpoint.folder} has rank {lora.r} and alpha {lora.lora_alpha}: give --lora-rank {lora.r} "
+            f"--lora-alpha {lora.lora_alpha}."
+        )
+
+
+def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
+    """Trains to config.num_epochs epochs, from the start or from a checkpoint, and returns the finished run."""
+    run = prepare(job, config, checkpoint)
+    log, clock = RunLog(run.folder, config, run.epochs_done, job.is_main), StageClock(job.device)
+    log.write("start", run.epochs_done, versions=versions(), processes=job.world_size, device=str(job.device))
+    announce(job, config, run)
+    pairs = job.share(config.total_pairs_per_epoch)
+    model, guidance_text = run.model, None
+    for epoch in range(run.epochs_done, config.num_epochs):
+        with clock.stage("encode"):
+            prompts = epoch_prompts(run.prompts, epoch, config.total_pairs_per_epoch, config.seed)[pairs.start : pairs.stop]
+            text, guidance_text = encode_prompts(model, prompts, config)
+        with clock.stage("sample"):
+            rollout = sample_share(model, config, run.plan, epoch, pairs, prompts, text, guidance_text)
+        with clock.stage("decode"):
+            images = model.decode(rollout.final)
+        with clock.stage("reward"):
+            differences = score_share(rollout, images, run.reward)
+        if run.samples_seen == 0:
+            check_first_scores(gather_scores(job, differences.scores))
+        steps = []
+        with clock.stage("update"):
+            for samples, total in step_samples(run.plan, config, epoch, pairs):
+                stats = optimizer_step(
+                    job, model, config, run.plan, rollout, differences, guidance_text, samples, total,
+                    run.optimizer, run.scale, first=not steps,
+                )  # fmt: skip
+                if run.samples_seen == 0 and stats.applied:
+                    check_adapter_moved(model)
+                steps.append(stats)
+                run.samples_seen += total
+                log.write("step", epoch + 1, step=len(steps), **vars(stats))
+        run.epochs_done = epoch + 1
+        with clock.stage("checkpoint"):
+            if run.epochs_done % config.save_freq == 0 or run.epochs_done == config.num_epochs:
+                job.on_main(lambda: save_checkpoint(run.folder, run.epochs_done, model, run.optimizer, run.scale, run.samples_seen))
+        report_epoch(job, config, run, log, clock, differences, steps)
+    log.close()
+    return run
+
+
+def check_adapter_moved(model: FlowModel) -> None:
+    """After the first update from a fresh adapter, B is no longer 0. Raises UserError where nothing moved."""
+    moved = any(bool(p.detach().any()) for name, p in model.named_trainable() if "lora_B" in name)
+    if not moved:
+        raise UserError("The first update left the adapter where it was: check the learning rate and that pairs differ in reward.")
+
+
+def announce(job: Job, config: TrainConfig, run: Run) -> None:
+    parameters = run.model.trainable()
+    count = sum(p.numel() for p in parameters)
+    rewards = " + ".join(f"{weight:g} {name}" for name, weight in run.reward.weights.items())
+    job.print(f"model: {config.pretrained_model} ({config.precision}) on {job.device.type}, LoRA of {len(parameters) // 2} modules, {count:,} parameters")
+    job.print(f"reward: {rewards}; {len(run.prompts)} prompts; churn {config.churn.schedule}")
+    job.print(run.plan.describe())
+    job.print(f"run folder: {run.folder}")
+
+
+def report_epoch(
+    job: Job, config: TrainConfig, run: Run, log: RunLog, clock: StageClock, differences: Differences, steps: list[StepStats]
+) -> None:
+    """One log object and one console line of an epoch, from the scores of the whole job."""
+    scores = gather_scores(job, differences.scores | {"reward": differences.reward, "dropped": differences.dropped.float()})
+    dropped = torch.tensor(scores.pop("dropped")).bool()
+    reward = torch.tensor(scores.pop("reward"), dtype=torch.float64)
+    pairs = reward.view(-1, 2)[~dropped[::2]]  # [P, 2]
+    seconds = clock.read()
+    values = {
+        "reward_mean": float(pairs.mean()),
+        "reward_std": float(pairs.std()),
+        "scores": {name: finite_mean(values) for name, values in scores.items()},
+        "differing_pairs": float((pairs[:, 0] != pairs[:, 1]).double().mean()),
+        "reward_difference": float((pairs[:, 0] - pairs[:, 1]).abs().mean()),
+        "dropped_pairs": int(dropped.sum()) // 2,
+        "skipped_steps": sum(not step.applied for step in steps),
+        "clipfrac": mean([step.clipfrac for step in steps]),
+        "loss": mean([step.loss for step in steps]),
+        "grad_norm": mean([step.grad_norm for step in steps]),
+        "ratio_first": steps[0].ratio_first,
+    }
+    log.write("epoch", run.epochs_done, **values, seconds=seconds, peak_memory_gib=peak_memory_gib(job.device))
+    job.print(
+        f"{time.strftime('%H:%M:%S')} epoch {run.epochs_done}/{config.num_epochs}: reward {values['reward_mean']:.3f} +- "
+        f"{values['reward_std']:.3f}, pairs that differ {values['differing_pairs']:.0%}, clipfrac {values['clipfrac']:.2f}, "
+        f"grad norm {values['grad_norm']:.3g}, {sum(seconds.values()):.1f} s"
+    )
+
+
+def finite_mean(values: list[float]) -> float:
+    return mean([value for value in values if math.isfinite(value)])
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}

@@ -1,0 +1,187 @@
+"""The update: every (trajectory, step) of the job once an epoch, in shuffled optimizer steps (METHOD.md 4).
+
+The shuffle decides, for the whole job, which samples an optimizer step takes; each rank computes the part of that step's
+gradient that comes from its own trajectories, and the parts are added up. No trajectory ever leaves its rank.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fdfo.config import BatchPlan, TrainConfig, UserError
+from fdfo.distributed import Job
+from fdfo.estimator import surrogate_loss
+from fdfo.model import FlowModel, TextEmbeddings
+from fdfo.rollout import Differences, Rollout
+
+RATIO_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-2}
+
+
+@dataclass
+class LossScale:
+    """Factor on the loss that keeps float16 gradients above underflow; halved on overflow, doubled after calm steps."""
+
+    value: float
+    calm_steps: int = 0
+
+    GROWTH_INTERVAL = 200
+    LARGEST = 2.0**24
+
+    @classmethod
+    def start(cls, precision: str) -> "LossScale":
+        """Only float16 needs one; elsewhere the scale is 1 and stays there."""
+        return cls(cls.LARGEST if precision == "fp16" else 1.0)
+
+    def overflowed(self) -> bool:
+        """Lowers the scale; False where it cannot go lower, that is where the gradient itself is not finite."""
+        self.calm_steps = 0
+        if self.value <= 1.0:
+            return False
+        self.value /= 2
+        return True
+
+    def succeeded(self) -> None:
+        self.calm_steps += 1
+        if 1.0 < self.value < self.LARGEST and self.calm_steps >= self.GROWTH_INTERVAL:
+            self.value, self.calm_steps = self.value * 2, 0
+
+
+@dataclass
+class StepStats:
+    """What one optimizer step did, over the whole job."""
+
+    loss: float
+    clipfrac: float
+    ratio_mean: float
+    ratio_first: float  # the ratio of this rank's first micro-batch farthest from 1
+    grad_norm: float
+    loss_scale: float
+    applied: bool
+
+
+def make_optimizer(model: FlowModel, config: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        model.trainable(),
+        lr=config.train.learning_rate,
+        betas=(config.train.adam_beta1, config.train.adam_beta2),
+        weight_decay=config.train.adam_weight_decay,
+        eps=config.train.adam_epsilon,
+    )
+
+
+def step_samples(plan: BatchPlan, config: TrainConfig, epoch: int, pairs: range) -> list[tuple[torch.Tensor, int]]:
+    """For every optimizer step: the rank's own samples (trajectory * T + step, local) and the global sample count.
+
+    One permutation of all samples of the job an epoch, from (seed, epoch) alone, is cut evenly into the steps.
+    """
+    order = np.random.default_rng([config.seed, epoch, 0x5A]).permutation(plan.samples)
+    T = config.sample.num_solver_steps
+    first, last = 2 * pairs.start * T, 2 * pairs.stop * T
+    steps = []
+    for part in np.array_split(order, plan.gradient_steps):
+        own = part[(part >= first) & (part < last)] - first
+        steps.append((torch.from_numpy(own), len(part)))
+    return steps
+
+
+def accumulate_gradient(
+    model: FlowModel,
+    config: TrainConfig,
+    plan: BatchPlan,
+    rollout: Rollout,
+    differences: Differences,
+    empty: TextEmbeddings | None,
+    samples: torch.Tensor,
+    total: int,
+    scale: float,
+) -> tuple[torch.Tensor, float]:
+    """Adds the gradient of the rank's samples to the parameters, scaled, as their part of the mean over `total` samples.
+
+    Returns sums over the samples, float64 on the CPU (loss, clipped, ratio), and the first micro-batch's ratio farthest
+    from 1. Stops early, with NaN sums, when a loss is not finite.
+    """
+    sigmas = model.sigmas(config.sample.num_solver_steps).to(model.device)
+    guidance, T = config.sample.guidance_scale, config.sample.num_solver_steps
+    sums, ratio_first = torch.zeros(3, dtype=torch.float64), 1.0
+    for number, batch in enumerate(samples.split(plan.train_batch)):
+        row, step = (batch // T).to(model.device), (batch % T).to(model.device)
+        x, text = rollout.xs[row, step], rollout.text.rows(row // 2)
+        v = model.velocity(x, sigmas[step], text, empty, guidance)
+        loss, ratio = surrogate_loss(
+            v, rollout.velocities[row, step], differences.dx[row], differences.dR[row], config.train.clip_range
+        )
+        if config.train.kl_weight > 0:
+            with torch.no_grad(), model.base():
+                v_base = model.velocity(x, sigmas[step], text, empty, guidance)
+            loss = loss + config.train.kl_weight * (v.float() - v_base.float()).square().mean((1, 2, 3))
+        (loss.sum() * (scale / total)).backward()
+        clipped = (ratio - 1).abs() > config.train.clip_range
+        values = torch.stack([loss.detach().sum(), clipped.sum(), ratio.detach().sum()]).double().cpu()
+        sums += values
+        if number == 0:
+            ratio_first = float(ratio.detach()[(ratio.detach() - 1).abs().argmax()])
+        if not values.isfinite().all():
+            break
+    return sums, ratio_first
+
+
+def reduce_gradient(job: Job, parameters: list[torch.nn.Parameter], scale: float) -> None:
+    """Sum of the ranks' gradients, unscaled, on every rank: one all-reduce of one flat tensor."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    job.sum(flat).div_(scale)
+    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = piece.view_as(p)
+
+
+def optimizer_step(
+    job: Job,
+    model: FlowModel,
+    config: TrainConfig,
+    plan: BatchPlan,
+    rollout: Rollout,
+    differences: Differences,
+    empty: TextEmbeddings | None,
+    samples: torch.Tensor,
+    total: int,
+    optimizer: torch.optim.AdamW,
+    scale: LossScale,
+    first: bool,
+) -> StepStats:
+    """One optimizer step: gradient of the whole job, clipped, applied. A float16 overflow lowers the scale and is redone.
+
+    A gradient that is not finite without any scale never reaches the weights: the step is left out and counted.
+    `first`: these are the first samples since the weights last changed, so their ratio must be 1.
+    """
+    parameters = model.trainable()
+    while True:
+        optimizer.zero_grad()
+        used = scale.value
+        sums, ratio_first = accumulate_gradient(
+            model, config, plan, rollout, differences, empty, samples, total, used
+        )
+        reduce_gradient(job, parameters, used)
+        if first:
+            check_ratio(job, ratio_first, config.precision)
+        sums = job.sum(sums.to(model.device)).cpu()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+        finite = bool(norm.isfinite()) and bool(sums.isfinite().all())
+        if finite or not scale.overflowed():
+            break
+    if finite:
+        optimizer.step()
+        scale.succeeded()
+    optimizer.zero_grad()
+    loss, clipped, ratio = (sums / total).tolist()
+    return StepStats(loss, clipped, ratio, ratio_first, float(norm), used, finite)
+
+
+def check_ratio(job: Job, ratio: float, precision: str) -> None:
+    """Sampling and training must see the same velocity: at unchanged weights the ratio is 1 (METHOD.md 4)."""
+    worst = max(job.gather_objects(ratio), key=lambda value: abs(value - 1) if math.isfinite(value) else math.inf)
+    if not abs(worst - 1) <= RATIO_TOLERANCE[precision]:
+        raise UserError(
+            f"The surrogate ratio at unchanged weights is {worst:.6f} instead of 1: sampling and training disagree, so this run "
+            "would learn noise; use --precision fp32 or fp16, and the same model and libraries on all processes."
+        )

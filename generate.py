@@ -1,0 +1,44 @@
+"""A grid of pictures for one checkpoint, or for the base model.
+
+    python generate.py --preset tiny --out out.jpg
+    python generate.py --checkpoint runs/00000-combined-cfg_1p0 --out out.jpg
+    python generate.py --checkpoint https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER --out out.jpg
+"""
+
+import sys
+
+from fdfo.checkpoint import find_checkpoint, saved_config
+from fdfo.config import UserError, parse_generate_config, plan_pictures
+from fdfo.distributed import exit_on_user_error, start_job
+from fdfo.evaluation import check_settings, draw_pictures, grid_sheet, picture_precision
+from fdfo.model import FlowModel
+from fdfo.prompts import load_prompts
+
+
+def main() -> None:
+    config = parse_generate_config(sys.argv[1:])
+    checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
+    plan = plan_pictures(config, saved_config(checkpoint) if checkpoint else None)
+    prompts = list(config.prompts) or load_prompts(config.prompt_file or plan.prompt_set)
+    if not config.prompts and not config.prompt_file:
+        prompts = prompts[:15]
+    if not config.out.absolute().parent.is_dir():
+        raise UserError(f"There is no folder {config.out.absolute().parent}: make it, or give another --out.")
+    with start_job() as job:
+        if job.world_size > 1:
+            raise UserError("generate.py runs as one process: start it with python, not with torchrun.")
+        model = FlowModel(plan.model, picture_precision(plan, job.device), job.device)
+        check_settings(model, plan.pictures)
+        if checkpoint is not None:
+            model.load_adapter(checkpoint.folder)
+        model.to_device()
+        repeated = [prompt for prompt in prompts for _ in range(config.grid_cols * config.grid_rows)]
+        seeds = [config.seed + i for i in range(len(repeated))]
+        print(f"{len(repeated)} pictures by {plan.model}, {plan.pictures}", flush=True)
+        pictures = draw_pictures(model, repeated, seeds, plan.pictures)
+    grid_sheet(prompts, pictures, config.columns, config.grid_cols, config.grid_rows).save(config.out)
+    print(f"pictures: {config.out}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
