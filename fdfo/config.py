@@ -163,9 +163,9 @@ def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, qu
 
 def flag_value(argv: Sequence[str], flag: str) -> str:
     """The value of a flag on a command line, written as two words or with an equals sign; empty if it is not there."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for i, word in enumerate(argv):
         if word == flag:
-            return following
+            return "".join(argv[i + 1 : i + 2])
         if word.startswith(flag + "="):
             return word.removeprefix(flag + "=")
     return ""
@@ -253,6 +253,53 @@ def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """Score the pictures that a checkpoint, or the base model, draws for a prompt set."""
+
+    metrics: tuple[str, ...]
+    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, scene, scene_clip"""
+    checkpoint: str | None = None
+    """checkpoint folder, run folder, hub URL or hf:OWNER/NAME/FOLDER; the base model if left out"""
+    preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
+    """base model and picture settings where neither the checkpoint's run nor a flag gives them"""
+    pretrained_model: str | None = None
+    """hub id or folder of the base model, or tiny"""
+    prompt_set: str = "pickscore_train"
+    """name in prompt_sets/ or a text file, one prompt a line"""
+    num_prompts: int = 500
+    """prompts to draw, the first of the shuffled set"""
+    num_repeats: int = 1
+    """pictures a prompt"""
+    out: Path | None = None
+    """JSON file for the results"""
+    prompt_seed: int = 0
+    """seed of the prompts' order"""
+    image_seed: int = 0
+    """seed of the first picture; each further one adds 1"""
+    width: int | None = None
+    """width of a picture, pixels (512)"""
+    height: int | None = None
+    """height of a picture, pixels (512)"""
+    num_inference_steps: int | None = None
+    """solver steps (40)"""
+    guidance_scale: float | None = None
+    """classifier-free guidance (1.0, or what the checkpoint was trained with)"""
+    batch_size: int = 4
+    """pictures drawn at a time"""
+    vlm_model: str = "qwenvl-7b"
+    """judge of the vlm metrics: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""
+
+
+def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsConfig:
+    config = tyro.cli(MetricsConfig, args=list(argv), console_outputs=not quiet)
+    if not config.metrics:
+        raise UserError("--metrics names no scorer: give one or more, such as --metrics pickscore.")
+    if min(config.num_prompts, config.num_repeats, config.batch_size) < 1 or min(config.prompt_seed, config.image_seed) < 0:
+        raise UserError("--num-prompts, --num-repeats and --batch-size must be 1 or more, the seeds 0 or more.")
+    return config
+
+
+@dataclass(frozen=True)
 class PictureSettings:
     """How evaluation pictures are drawn."""
 
@@ -273,7 +320,7 @@ class PicturePlan:
     pictures: PictureSettings
 
 
-def plan_pictures(config: GenerateConfig, run: TrainConfig | None) -> PicturePlan:
+def plan_pictures(config: GenerateConfig | MetricsConfig, run: TrainConfig | None) -> PicturePlan:
     """The plan for generate.py and metrics.py; run is the config of the run that the checkpoint belongs to."""
     base = run or PRESETS[config.preset]
     model = config.pretrained_model or base.pretrained_model
@@ -367,7 +414,12 @@ def plan_churn(churn: ChurnConfig) -> dict[str, float]:
 
 def config_to_json(config: object) -> str:
     """A frozen config dataclass as JSON text; config_from_json reads it back."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+    return json.dumps(config_to_dict(config), indent=2) + "\n"
+
+
+def config_to_dict(config: object) -> dict:
+    """A frozen config dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def config_from_json(text: str, source: str) -> TrainConfig:
@@ -379,6 +431,8 @@ def config_from_json(text: str, source: str) -> TrainConfig:
 
 
 def _build(kind: type, values: dict):
+    if not isinstance(values, dict):
+        raise ValueError(f"{values!r} stands where {kind.__name__} should")
     fields = typing.get_type_hints(kind)
     unknown = set(values) - set(fields)
     if unknown:

@@ -128,7 +128,10 @@ def check_settings(model: FlowModel, settings: PictureSettings) -> None:
 
 
 def grid_sheet(prompts: list[str], pictures: torch.Tensor, columns: int, cols: int, rows: int) -> Image.Image:
-    """Prompts in columns, each a block of cols x rows pictures under its caption: pictures [N cols rows, 3, H, W] uint8."""
+    """Prompts down one column after the other, each a block of cols x rows pictures under its caption.
+
+    pictures [N cols rows, 3, H, W] uint8, in the order of the prompts.
+    """
     height, width = pictures.shape[-2:]
     scale = max(1, 96 // width)  # tiny pictures are enlarged, so that captions can be read
     cell_w, cell_h, gap = width * scale, height * scale, 8
@@ -137,11 +140,11 @@ def grid_sheet(prompts: list[str], pictures: torch.Tensor, columns: int, cols: i
     captions = [wrap(prompt, font, cols * cell_w) for prompt in prompts]
     text_height = line * max(map(len, captions)) + gap
     block_w, block_h = cols * cell_w + gap, rows * cell_h + text_height + gap
-    columns = min(columns, len(prompts))
-    sheet = Image.new("RGB", (columns * block_w + gap, -(-len(prompts) // columns) * block_h + gap), "white")
+    down = -(-len(prompts) // columns)  # prompts a column
+    sheet = Image.new("RGB", (-(-len(prompts) // down) * block_w + gap, down * block_h + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for k, lines in enumerate(captions):
-        left, top = gap + (k % columns) * block_w, gap + (k // columns) * block_h
+        left, top = gap + (k // down) * block_w, gap + (k % down) * block_h
         for i, text in enumerate(lines):
             draw.text((left, top + i * line), text, fill="black", font=font)
         for i in range(cols * rows):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fdfo.config import TrainConfig, UserError, config_to_json
+from fdfo.config import TrainConfig, UserError, config_to_dict, config_to_json
 
 
 def check_writable(runs_dir: Path) -> None:
@@ -60,7 +60,7 @@ class RunLog:
         if config.log_wandb:
             import wandb
 
-            self.wandb = wandb.init(project="fdfo", name=run.name, dir=run, config=json.loads(config_to_json(config)), resume="allow", id=run.name)
+            self.wandb = wandb.init(project="fdfo", name=run.name, dir=run, config=config_to_dict(config), resume="allow", id=run.name)
 
     def write(self, kind: str, epoch: int, **values: object) -> None:
         """Appends one object. epoch counts whole epochs done once this line's epoch is over."""

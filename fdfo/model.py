@@ -268,5 +268,5 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise UserError(f"{folder}/adapter_config.json is not the configuration of a PEFT adapter: restore the file.") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"The adapter in {folder} is no LoRA: give a LoRA adapter.")
-    config.inference_mode = False
+    config.inference_mode, config.base_model_name_or_path = False, None
     return config

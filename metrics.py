@@ -1,0 +1,84 @@
+"""Scores of the pictures that a checkpoint, or the base model, draws for a prompt set.
+
+    python metrics.py --preset tiny --prompt-set tiny_heldout --num-prompts 256 --metrics scene scene_clip
+    torchrun --nproc_per_node=8 metrics.py --checkpoint URL_OR_FOLDER --prompt-set hpdv2 --num-prompts 3200 --metrics hpsv2 clip_h14
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fdfo.checkpoint import find_checkpoint, saved_config
+from fdfo.config import MetricsConfig, UserError, config_to_dict, parse_metrics_config, plan_pictures
+from fdfo.distributed import Job, exit_on_user_error, start_job
+from fdfo.evaluation import check_settings, draw_pictures, gather, picture_precision
+from fdfo.model import FlowModel
+from fdfo.prompts import load_prompts
+from fdfo.trainer import versions
+from rewards import build_scorer, check_scorer_name
+
+
+def choose_prompts(config: MetricsConfig) -> list[str]:
+    """The first prompts of the shuffled set (METHOD.md 5). Raises UserError when the set is too small."""
+    prompts = load_prompts(config.prompt_set)
+    if config.num_prompts > len(prompts):
+        raise UserError(f"The prompt set {config.prompt_set} has {len(prompts)} prompts: lower --num-prompts to that or less.")
+    order = np.arange(len(prompts))
+    np.random.RandomState(config.prompt_seed).shuffle(order)
+    return [prompts[i] for i in order[: config.num_prompts]]
+
+
+def evaluate(job: Job, config: MetricsConfig) -> dict[str, list[float]]:
+    """Scores of every metric for all pictures of the job, in the order of prompts, then repeats."""
+    for metric in config.metrics:
+        check_scorer_name(metric)
+    prompts = choose_prompts(config)
+    checkpoint = job.on_main(lambda: find_checkpoint(config.checkpoint)) if config.checkpoint else None
+    plan = plan_pictures(config, saved_config(checkpoint) if checkpoint else None)
+    model = FlowModel(plan.model, picture_precision(plan, job.device), job.device)
+    check_settings(model, plan.pictures)
+    if checkpoint is not None:
+        model.load_adapter(checkpoint.folder)
+    model.to_device()
+    total = config.num_prompts * config.num_repeats
+    if total < job.world_size:
+        raise UserError(f"{total} pictures cannot feed {job.world_size} processes: start fewer.")
+    own = job.share(total)
+    mine = [prompts[i // config.num_repeats] for i in own]
+    job.print(f"{total} pictures by {plan.model}, {plan.pictures}")
+    images = draw_pictures(model, mine, [config.image_seed + i for i in own], plan.pictures)
+    scores = {}
+    for metric in config.metrics:
+        scores[metric] = gather(job, build_scorer(metric, job, config.vlm_model), mine, images)
+    return scores
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    with start_job() as job:
+        config = parse_metrics_config(argv, quiet=not job.is_main)
+        scores = evaluate(job, config)
+        table = {name: {"mean": float(np.mean(v)), "standard_error": standard_error(v)} for name, v in scores.items()}
+        for name, row in table.items():
+            job.print(f"{name:20s} {row['mean']:10.4f} +- {row['standard_error']:.4f}")
+        if config.out is not None:
+            result = {"metrics": table, "config": config_to_dict(config), "versions": versions()}
+            job.on_main(lambda: write_result(config.out, result))
+
+
+def standard_error(values: list[float]) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def write_result(path: Path, result: dict) -> None:
+    try:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): give another --out.") from error
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,74 @@
+"""Shared pieces of the tests: the real tiny model, and command lines run inside the process or under torchrun."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from fdfo.distributed import Job, exit_on_user_error  # noqa: E402
+from fdfo.model import FlowModel  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture
+def job() -> Job:
+    return Job(0, 1, CPU)
+
+
+@pytest.fixture
+def tiny() -> FlowModel:
+    """The bundled model, without an adapter."""
+    model = FlowModel("tiny", "fp32", CPU)
+    model.to_device()
+    return model
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """run_cli("train", "--preset", "tiny", ...) -> exit code, stdout, stderr; a traceback would fail the test."""
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        module = __import__(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        code = 0
+        try:
+            exit_on_user_error(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def torchrun(processes: int, *command: object, timeout: int = 240) -> subprocess.CompletedProcess:
+    """A script of the project under torchrun, on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+TINY_RUN = (
+    "--preset", "tiny", "--total-pairs-per-epoch", 10, "--sample.num-solver-steps", 4, "--heldout-prompt-set", "None",
+)  # fmt: skip
