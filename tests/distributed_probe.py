@@ -1,0 +1,56 @@
+"""Run under torchrun by test_distributed.py: saves what must not depend on the number of processes.
+
+    torchrun --nproc_per_node=K tests/distributed_probe.py OUT.pt RUNS_DIR PAIRS
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from fdfo.config import PRESETS, SampleConfig
+from fdfo.distributed import start_job
+from fdfo.prompts import epoch_prompts
+from fdfo.rollout import FIRST_CHURN, START, encode_prompts, pair_gammas, sample_share, score_share, standard_normal
+from fdfo.trainer import prepare, train
+from fdfo.update import accumulate_gradient, reduce_gradient, step_samples
+
+
+def main(out: str, runs_dir: str, pairs: int) -> None:
+    config = dataclasses.replace(
+        PRESETS["tiny"],
+        sample=SampleConfig(num_solver_steps=8, resolution=64),
+        total_pairs_per_epoch=pairs,
+        num_epochs=2,
+        heldout_prompt_set=None,
+        runs_dir=Path(runs_dir),
+    )
+    with start_job() as job:
+        run = prepare(job, dataclasses.replace(config, runs_dir=Path(runs_dir) / "probe"), None)
+        own, model = job.share(pairs), run.model
+        prompts = epoch_prompts(run.prompts, 1, pairs, config.seed)[own.start : own.stop]
+        shape, sigmas = model.latent_shape(64), model.sigmas(8)
+        noise = [
+            (standard_normal(shape, config.seed, 1, pair, START), standard_normal((2, *shape), config.seed, 1, pair, FIRST_CHURN + 3))
+            for pair in own
+        ]
+        gammas = pair_gammas(config, sigmas, 1, own)
+        text, empty = encode_prompts(model, prompts, config)
+        rollout = sample_share(model, config, run.plan, 1, own, prompts, text, empty)
+        held = rollout.xs.numel()
+        differences = score_share(rollout, model.decode(rollout.final), run.reward)
+        samples, total = step_samples(run.plan, config, 1, own)[0]
+        accumulate_gradient(model, config, run.plan, rollout, differences, empty, samples, total, 1.0)
+        reduce_gradient(job, model.trainable(), 1.0)
+        gradient = torch.cat([p.grad.flatten() for p in model.trainable()])
+        start = torch.cat([p.detach().flatten() for p in model.trainable()])
+        finished = train(job, config, None)
+        end = torch.cat([p.detach().flatten() for p in finished.model.trainable()])
+        parts = job.gather_objects({"prompts": prompts, "noise": noise, "gammas": gammas, "held": held})
+        if job.is_main:
+            torch.save({"parts": parts, "gradient": gradient, "start": start, "end": end}, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,32 @@
+"""Scorers of one's own, as --reward-specs own_scorers:NAME=1 loads them; most are broken on purpose."""
+
+import torch
+
+
+class Brightness:
+    """A scorer that works: mean brightness, 0 to 100."""
+
+    def __init__(self, device: torch.device):
+        self.calls = 0
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return 100 * images.float().mean((1, 2, 3))
+
+
+class Constant(Brightness):
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(prompts),), 7.0)
+
+
+class NotANumber(Brightness):
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        return super().score(prompts, images).index_fill(0, torch.tensor([2]), float("nan"))
+
+
+class FailsLater(Brightness):
+    """Works in the first epoch; later one picture has no finite score."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        scores = super().score(prompts, images)
+        return scores if self.calls == 1 else scores.index_fill(0, torch.tensor([2]), float("inf"))

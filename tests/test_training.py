@@ -1,0 +1,260 @@
+"""The training loop on the tiny model: exact resume, checks of the first minute, values that are not finite, options."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fdfo.checkpoint import find_checkpoint, save_checkpoint
+from fdfo.config import PRESETS, ChurnConfig, OptimConfig, SampleConfig, TrainConfig, UserError, config_from_json
+from fdfo.distributed import Job
+from fdfo.rollout import encode_prompts, sample_share, score_share
+from fdfo.trainer import Run, prepare, train
+from fdfo.update import LossScale, optimizer_step, step_samples
+
+TINY = PRESETS["tiny"]
+
+
+def small(folder: Path, **changes) -> TrainConfig:
+    """A tiny run of seconds."""
+    quick = dict(
+        sample=SampleConfig(num_solver_steps=4, resolution=64),
+        total_pairs_per_epoch=6,
+        num_epochs=1,
+        heldout_prompt_set=None,
+        runs_dir=folder,
+    )
+    return dataclasses.replace(TINY, **(quick | changes))
+
+
+def log_of(run: Path, kind: str | None = None) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def comparable(run: Path) -> list[dict]:
+    """The log without what no two runs share: clock, memory, and the lines of a start."""
+    return [
+        {name: value for name, value in line.items() if name not in ("seconds", "peak_memory_gib")}
+        for line in log_of(run)
+        if line["kind"] != "start"
+    ]
+
+
+def test_run_folder_holds_what_it_should(job: Job, tmp_path: Path):
+    config = small(tmp_path, num_epochs=2, save_freq=1)
+    run = train(job, config, None)
+    assert run.folder == tmp_path / "00000-scene-cfg_1p0"
+    assert config_from_json((run.folder / "config.json").read_text(), "") == config
+    epochs, steps = log_of(run.folder, "epoch"), log_of(run.folder, "step")
+    assert len(epochs) == 2 and len(steps) == 8
+    assert set(epochs[0]["seconds"]) == {"encode", "sample", "decode", "reward", "update", "checkpoint"}
+    assert epochs[0]["ratio_first"] == pytest.approx(1, abs=1e-3) and epochs[0]["grad_norm"] > 0
+    assert epochs[0]["scores"].keys() == {"scene"} and epochs[0]["peak_memory_gib"] > 0
+    for epoch in (1, 2):
+        folder = run.folder / "checkpoints" / f"epoch-000000{epoch}"
+        assert {p.name for p in folder.iterdir()} == {
+            "adapter_config.json", "adapter_model.safetensors", "training_state.json", "training_state.safetensors",
+        }  # fmt: skip
+    assert "wandb" not in sys.modules
+
+
+def test_resume_is_exact_to_the_bit(job: Job, tmp_path: Path):
+    config = small(tmp_path / "straight", num_epochs=4, save_freq=2)
+    straight = train(job, config, None).folder
+    first = train(job, dataclasses.replace(config, runs_dir=tmp_path / "parts", num_epochs=2), None).folder
+    with (first / "training_log.jsonl").open("a") as file:  # what a run killed in epoch 3 leaves behind
+        file.write(json.dumps({"kind": "step", "epoch": 3, "loss": 0.0}) + "\n" + '{"kind": "st')
+    second = train(job, dataclasses.replace(config, runs_dir=tmp_path / "parts"), find_checkpoint(str(first))).folder
+    assert second.resolve() == first.resolve()
+    for name in ("adapter_model.safetensors", "training_state.safetensors"):
+        one, two = (load_file(run / "checkpoints" / "epoch-0000004" / name) for run in (straight, first))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert comparable(straight) == comparable(first)
+
+
+def test_resume_from_a_run_needs_no_other_flag(run_cli, tmp_path: Path, job: Job):
+    run = train(job, small(tmp_path, lora_rank=8, lora_alpha=16), None).folder
+    code, out, _ = run_cli("train", "--resume-from", run, "--num-epochs", 2)
+    assert code == 0 and f"resuming {run.resolve()} after epoch 1" in out
+    assert len(list(tmp_path.iterdir())) == 1 and len(log_of(run, "epoch")) == 2
+
+
+def test_adapter_without_state_starts_a_new_run(run_cli, tmp_path: Path, job: Job):
+    config = small(tmp_path / "first")
+    checkpoint = train(job, config, None).folder / "checkpoints" / "epoch-0000001"
+    published = tmp_path / "published"
+    published.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(checkpoint / name, published)
+    run = train(job, dataclasses.replace(config, runs_dir=tmp_path / "second"), find_checkpoint(str(published)))
+    assert run.folder.name.startswith("00000-") and log_of(run.folder, "epoch")[0]["epoch"] == 1
+    with pytest.raises(UserError, match="--lora-rank 32 --lora-alpha 64"):
+        train(job, dataclasses.replace(config, lora_rank=8), find_checkpoint(str(published)))
+
+
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        (dict(lora_rank=16), "--lora-rank was 32"),
+        (dict(seed=1), "--seed was 6"),
+        (dict(total_pairs_per_epoch=7), "--total-pairs-per-epoch was 6"),
+        (dict(sample=SampleConfig(num_solver_steps=5, resolution=64)), "--sample was"),
+    ],
+)
+def test_resume_with_changed_numbers_is_refused(job: Job, tmp_path: Path, change: dict, says: str):
+    config = small(tmp_path)
+    run = train(job, config, None).folder
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=says):
+        train(job, dataclasses.replace(config, num_epochs=2, **change), find_checkpoint(str(run)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unfinished_checkpoint_is_never_taken(job: Job, tmp_path: Path):
+    config = small(tmp_path, num_epochs=2, save_freq=1)
+    run = train(job, config, None).folder
+    newest = run / "checkpoints" / "epoch-0000002"
+    newest.rename(run / "checkpoints" / ".epoch-0000002.partial")
+    assert find_checkpoint(str(run)).folder.name == "epoch-0000001"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(churn=ChurnConfig("interval")),
+        dict(churn=ChurnConfig("prior")),
+        dict(train=dataclasses.replace(TINY.train, kl_weight=0.5)),
+        dict(sample=SampleConfig(num_solver_steps=4, resolution=64, guidance_scale=2.0)),
+        dict(reward_specs=("own_scorers:Brightness=1.0", "scene=0.1")),
+        dict(memory_efficient=True, gradient_steps_per_epoch=1),
+    ],
+    ids=["interval", "prior", "kl", "guidance", "own scorer", "memory"],
+)
+def test_options_train(job: Job, tmp_path: Path, changes: dict):
+    run = train(job, small(tmp_path, num_epochs=2, **changes), None)
+    assert all(step["applied"] for step in log_of(run.folder, "step"))
+
+
+def test_kl_term_pulls_back_to_the_base(job: Job, tmp_path: Path):
+    """With the term alone (no reward difference left), a displaced adapter gets a gradient that lowers the distance."""
+    config = small(tmp_path, train=OptimConfig(learning_rate=1e-3, kl_weight=1.0))
+    run, rollout, differences = first_rollout(job, config)
+    with torch.no_grad():
+        for _, parameter in run.model.named_trainable():
+            parameter.add_(0.01)
+    differences.dR.zero_()
+    losses = []
+    for samples, total in step_samples(run.plan, config, 0, range(6)) * 3:
+        stats = optimizer_step(
+            job, run.model, config, run.plan, rollout, differences, None, samples, total, run.optimizer, run.scale, first=False
+        )
+        losses.append(stats.loss)
+    assert losses[0] > 0 and losses[-1] < 0.7 * losses[0]
+
+
+def first_rollout(job: Job, config: TrainConfig):
+    """Everything up to the first update."""
+    run: Run = prepare(job, config, None)
+    prompts = run.prompts[: config.total_pairs_per_epoch]
+    text, empty = encode_prompts(run.model, prompts, config)
+    rollout = sample_share(run.model, config, run.plan, 0, range(len(prompts)), prompts, text, empty)
+    return run, rollout, score_share(rollout, run.model.decode(rollout.final), run.reward)
+
+
+def test_sampling_and_training_must_agree(job: Job, tmp_path: Path):
+    config = small(tmp_path)
+    run, rollout, differences = first_rollout(job, config)
+    with torch.no_grad():
+        run.model.pipe.transformer.proj_out.weight.mul_(1.01)
+    samples, total = step_samples(run.plan, config, 0, range(6))[0]
+    with pytest.raises(UserError, match="sampling and training disagree"):
+        optimizer_step(
+            job, run.model, config, run.plan, rollout, differences, None, samples, total, run.optimizer, run.scale, first=True
+        )
+
+
+@pytest.mark.parametrize("name,says", [("Constant", "the same score 7.0"), ("NotANumber", "not finite")])
+def test_dead_scorers_stop_the_run_before_the_first_update(job: Job, tmp_path: Path, name: str, says: str):
+    with pytest.raises(UserError, match=f"own_scorers:{name} gave .*{says}"):
+        train(job, small(tmp_path, reward_specs=(f"own_scorers:{name}=1",)), None)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_later_score_that_is_not_finite_drops_its_pair(job: Job, tmp_path: Path):
+    run = train(job, small(tmp_path, num_epochs=3, reward_specs=("own_scorers:FailsLater=1",)), None)
+    assert [epoch["dropped_pairs"] for epoch in log_of(run.folder, "epoch")] == [0, 1, 1]
+    assert all(step["applied"] for step in log_of(run.folder, "step"))
+    assert all(parameter.isfinite().all() for parameter in run.model.trainable())
+
+
+def test_broken_latents_drop_their_pair(job: Job, tmp_path: Path):
+    config = small(tmp_path)
+    run, rollout, _ = first_rollout(job, config)
+    rollout.final[3] = float("nan")
+    rollout.velocities[3] = rollout.xs[3] = float("nan")
+    differences = score_share(rollout, torch.rand(12, 3, 64, 64), run.reward)
+    assert differences.dropped.tolist() == [False, False, True, True] + [False] * 8
+    samples, total = step_samples(run.plan, config, 0, range(6))[0]
+    stats = optimizer_step(
+        job, run.model, config, run.plan, rollout, differences, None, samples, total, run.optimizer, run.scale, first=False
+    )
+    assert stats.applied and torch.isfinite(torch.tensor(stats.loss))
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(job: Job, tmp_path: Path):
+    config = small(tmp_path)
+    run, rollout, differences = first_rollout(job, config)
+    before = {name: p.clone() for name, p in run.model.named_trainable()}
+    rollout.velocities[0] = float("inf")
+    samples = torch.arange(12)  # trajectories 0 to 2, the first of them broken
+    stats = optimizer_step(
+        job, run.model, config, run.plan, rollout, differences, None, samples, 12, run.optimizer, run.scale, first=False
+    )
+    assert not stats.applied
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_trainable())
+
+
+def test_every_sample_is_trained_once_an_epoch(job: Job, tmp_path: Path):
+    config = small(tmp_path, total_pairs_per_epoch=7)
+    plan = prepare(job, config, None).plan
+    seen = torch.cat([samples for samples, _ in step_samples(plan, config, 0, range(7))])
+    assert sorted(seen.tolist()) == list(range(7 * 2 * 4))
+    parts = [step_samples(plan, config, 0, pairs) for pairs in (range(0, 2), range(2, 7))]
+    for step, (samples, total) in enumerate(step_samples(plan, config, 0, range(7))):
+        shifted = torch.cat([parts[0][step][0], parts[1][step][0] + 2 * 2 * 4])
+        assert total == parts[0][step][1] == len(samples) and sorted(shifted.tolist()) == sorted(samples.tolist())
+    again = step_samples(plan, config, 1, range(7))[0][0]
+    assert again.tolist() != step_samples(plan, config, 0, range(7))[0][0].tolist()
+
+
+def test_loss_scale_backs_off_and_recovers():
+    scale = LossScale.start("fp16")
+    assert scale.value == 2.0**24 and scale.overflowed() and scale.value == 2.0**23
+    for _ in range(LossScale.GROWTH_INTERVAL):
+        scale.succeeded()
+    assert scale.value == 2.0**24
+    assert LossScale.start("fp32").value == 1 and not LossScale.start("bf16").overflowed()
+
+
+def test_damaged_training_state_is_refused(job: Job, tmp_path: Path):
+    config = small(tmp_path)
+    run = train(job, config, None)
+    folder = run.folder / "checkpoints" / "epoch-0000001"
+    for name in ("training_state.safetensors", "training_state.json"):
+        intact = (folder / name).read_bytes()
+        (folder / name).write_bytes(intact[: len(intact) // 2])
+        with pytest.raises(UserError, match="damaged"):
+            train(job, dataclasses.replace(config, num_epochs=2), find_checkpoint(str(folder)))
+        (folder / name).write_bytes(intact)
+
+
+def test_saving_twice_replaces_the_checkpoint(job: Job, tmp_path: Path):
+    run = train(job, small(tmp_path), None)
+    folder = save_checkpoint(run.folder, 1, run.model, run.optimizer, run.scale, run.samples_seen)
+    assert folder.is_dir() and [p.name for p in folder.parent.iterdir()] == ["epoch-0000001"]
