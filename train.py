@@ -27,7 +27,9 @@ def main() -> None:
             comparisons = compare_with_base(job, run.model, config, run.folder)
             job.print(f"before and after: {run.folder / 'before_after.png'}")
             for comparison in comparisons:
+                run.log.write("heldout", run.epochs_done, **vars(comparison))
                 job.print(comparison.describe())
+        run.log.close()
 
 
 if __name__ == "__main__":

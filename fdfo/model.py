@@ -47,11 +47,7 @@ class FlowModel:
 
         Raises UserError when it cannot be had, or when a half precision is asked for without a GPU.
         """
-        if precision != "fp32" and device.type == "cpu":
-            raise UserError(
-                "There is no GPU here, and this model needs one: try `python train.py --preset tiny`, which needs none, or add "
-                "--precision fp32 to run on the CPU all the same."
-            )
+        check_device(precision, device)
         self.name, self.precision, self.device = name, precision, device
         self.compute_type = COMPUTE_TYPES[precision]
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -223,6 +219,15 @@ class FlowModel:
             raise UserError(f"The resolution {resolution} does not fit {self.name}: give a multiple of {step} up to {largest}.")
         size = resolution // self.pipe.vae_scale_factor
         return (config.in_channels, size, size)
+
+
+def check_device(precision: str, device: torch.device) -> None:
+    """Raises UserError when a half precision is asked for without a GPU."""
+    if precision != "fp32" and device.type == "cpu":
+        raise UserError(
+            "There is no GPU here, and this model needs one: try `python train.py --preset tiny`, which needs none, or add "
+            "--precision fp32 to run on the CPU all the same."
+        )
 
 
 def load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:

@@ -12,7 +12,7 @@ from fdfo.checkpoint import Checkpoint, check_resume, load_training_state, save_
 from fdfo.config import BatchPlan, TrainConfig, UserError, plan_batches
 from fdfo.distributed import Job
 from fdfo.logger import RunLog, StageClock, check_writable, create_run_folder, peak_memory_gib
-from fdfo.model import FlowModel
+from fdfo.model import FlowModel, check_device
 from fdfo.prompts import epoch_prompts, load_prompts
 from fdfo.rollout import (
     Differences,
@@ -31,6 +31,7 @@ class Run:
     """Everything that a training run holds between epochs."""
 
     folder: Path
+    log: RunLog
     plan: BatchPlan
     prompts: list[str]
     model: FlowModel
@@ -43,6 +44,7 @@ class Run:
 
 def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
     """Checks everything that can be checked, loads the models, and only then makes or reopens the run folder."""
+    check_device(config.precision, job.device)
     plan = plan_batches(config, job.world_size)
     weights = reward_weights(config.reward_preset, config.reward_specs)
     prompts = load_prompts(config.prompt_set)
@@ -70,7 +72,8 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run
         job.print(f"resuming {folder} after epoch {epochs_done}")
     elif checkpoint is not None:
         job.print(f"{checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
-    return Run(folder, plan, prompts, model, WeightedReward(weights, scorers), optimizer, scale, epochs_done, samples_seen)
+    log = RunLog(folder, config, epochs_done, job.is_main)
+    return Run(folder, log, plan, prompts, model, WeightedReward(weights, scorers), optimizer, scale, epochs_done, samples_seen)
 
 
 def check_lora_numbers(model: FlowModel, config: TrainConfig, checkpoint: Checkpoint) -> None:
@@ -85,7 +88,7 @@ def check_lora_numbers(model: FlowModel, config: TrainConfig, checkpoint: Checkp
 def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
     """Trains to config.num_epochs epochs, from the start or from a checkpoint, and returns the finished run."""
     run = prepare(job, config, checkpoint)
-    log, clock = RunLog(run.folder, config, run.epochs_done, job.is_main), StageClock(job.device)
+    log, clock = run.log, StageClock(job.device)
     log.write("start", run.epochs_done, versions=versions(), processes=job.world_size, device=str(job.device))
     announce(job, config, run)
     pairs = job.share(config.total_pairs_per_epoch)
@@ -118,8 +121,7 @@ def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
         with clock.stage("checkpoint"):
             if run.epochs_done % config.save_freq == 0 or run.epochs_done == config.num_epochs:
                 job.on_main(lambda: save_checkpoint(run.folder, run.epochs_done, model, run.optimizer, run.scale, run.samples_seen))
-        report_epoch(job, config, run, log, clock, differences, steps)
-    log.close()
+        report_epoch(job, config, run, clock, differences, steps)
     return run
 
 
@@ -141,7 +143,7 @@ def announce(job: Job, config: TrainConfig, run: Run) -> None:
 
 
 def report_epoch(
-    job: Job, config: TrainConfig, run: Run, log: RunLog, clock: StageClock, differences: Differences, steps: list[StepStats]
+    job: Job, config: TrainConfig, run: Run, clock: StageClock, differences: Differences, steps: list[StepStats]
 ) -> None:
     """One log object and one console line of an epoch, from the scores of the whole job."""
     scores = gather_scores(job, differences.scores | {"reward": differences.reward, "dropped": differences.dropped.float()})
@@ -162,7 +164,7 @@ def report_epoch(
         "grad_norm": mean([step.grad_norm for step in steps]),
         "ratio_first": steps[0].ratio_first,
     }
-    log.write("epoch", run.epochs_done, **values, seconds=seconds, peak_memory_gib=peak_memory_gib(job.device))
+    run.log.write("epoch", run.epochs_done, **values, seconds=seconds, peak_memory_gib=peak_memory_gib(job.device))
     job.print(
         f"{time.strftime('%H:%M:%S')} epoch {run.epochs_done}/{config.num_epochs}: reward {values['reward_mean']:.3f} +- "
         f"{values['reward_std']:.3f}, pairs that differ {values['differing_pairs']:.0%}, clipfrac {values['clipfrac']:.2f}, "

@@ -100,7 +100,7 @@ def accumulate_gradient(
     """Adds the gradient of the rank's samples to the parameters, scaled, as their part of the mean over `total` samples.
 
     Returns sums over the samples, float64 on the CPU (loss, clipped, ratio), and the first micro-batch's ratio farthest
-    from 1. Stops early, with NaN sums, when a loss is not finite.
+    from 1. Stops early, with NaN sums, when a loss or a scaled gradient is not finite.
     """
     sigmas = model.sigmas(config.sample.num_solver_steps).to(model.device)
     guidance, T = config.sample.guidance_scale, config.sample.num_solver_steps
@@ -122,9 +122,16 @@ def accumulate_gradient(
         sums += values
         if number == 0:
             ratio_first = float(ratio.detach()[(ratio.detach() - 1).abs().argmax()])
-        if not values.isfinite().all():
+        if not values.isfinite().all() or (scale > 1 and not gradient_is_finite(model)):
+            sums += math.nan
             break
     return sums, ratio_first
+
+
+def gradient_is_finite(model: FlowModel) -> bool:
+    """Looked at after every scaled micro-batch, so that an overflow costs one micro-batch and not the whole step."""
+    gradients = [p.grad for p in model.trainable() if p.grad is not None]
+    return bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite())
 
 
 def reduce_gradient(job: Job, parameters: list[torch.nn.Parameter], scale: float) -> None:

@@ -19,9 +19,6 @@ from fdfo.model import FlowModel  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
