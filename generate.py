@@ -5,13 +5,16 @@
     python generate.py --checkpoint https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER --out out.jpg
 """
 
+import os
 import sys
 
 from fdfo.checkpoint import find_checkpoint, saved_config
-from fdfo.config import UserError, parse_generate_config, plan_pictures
+from fdfo.command_line import parse_generate_config
+from fdfo.config import UserError
 from fdfo.distributed import exit_on_user_error, start_job
 from fdfo.evaluation import check_settings, draw_pictures, grid_sheet, picture_precision
 from fdfo.model import FlowModel
+from fdfo.plan import plan_pictures
 from fdfo.prompts import load_prompts
 
 
@@ -22,8 +25,9 @@ def main() -> None:
     prompts = list(config.prompts) or load_prompts(config.prompt_file or plan.prompt_set)
     if not config.prompts and not config.prompt_file:
         prompts = prompts[:15]
-    if not config.out.absolute().parent.is_dir():
-        raise UserError(f"There is no folder {config.out.absolute().parent}: make it, or give another --out.")
+    folder = config.out.absolute().parent
+    if not folder.is_dir() or config.out.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"There is no folder {folder}, or {config.out} cannot be written there: give another --out.")
     with start_job() as job:
         if job.world_size > 1:
             raise UserError("generate.py runs as one process: start it with python, not with torchrun.")
@@ -36,7 +40,11 @@ def main() -> None:
         seeds = [config.seed + i for i in range(len(repeated))]
         print(f"{len(repeated)} pictures by {plan.model}, {plan.pictures}", flush=True)
         pictures = draw_pictures(model, repeated, seeds, plan.pictures)
-    grid_sheet(prompts, pictures, config.columns, config.grid_cols, config.grid_rows).save(config.out)
+    sheet = grid_sheet(prompts, pictures, config.columns, config.grid_cols, config.grid_rows)
+    try:
+        sheet.save(config.out)
+    except OSError as error:
+        raise UserError(f"{config.out} cannot be written ({error}): a large grid needs .png, a full disk needs room.") from error
     print(f"pictures: {config.out}")
 
 

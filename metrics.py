@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from fdfo.checkpoint import find_checkpoint, saved_config
-from fdfo.config import MetricsConfig, UserError, config_to_dict, parse_metrics_config, plan_pictures
+from fdfo.command_line import parse_metrics_config
+from fdfo.config import MetricsConfig, UserError, config_to_dict
 from fdfo.distributed import Job, exit_on_user_error, start_job
 from fdfo.evaluation import check_settings, draw_pictures, gather, picture_precision
 from fdfo.model import FlowModel
+from fdfo.plan import plan_pictures
 from fdfo.prompts import load_prompts
 from fdfo.trainer import versions
 from rewards import build_scorer, check_scorer_name

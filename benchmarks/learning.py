@@ -19,9 +19,10 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fdfo.config import PRESETS, PictureSettings  # noqa: E402
+from fdfo.config import PRESETS  # noqa: E402
 from fdfo.evaluation import HELDOUT_SEED, draw_pictures  # noqa: E402
 from fdfo.model import FlowModel  # noqa: E402
+from fdfo.plan import PictureSettings  # noqa: E402
 from fdfo.prompts import load_prompts  # noqa: E402
 from fdfo.tiny.scenes import parse_caption, render  # noqa: E402
 from rewards.clip import ClipScorer  # noqa: E402

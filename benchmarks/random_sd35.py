@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fdfo.tiny.pretrain import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
+from fdfo.tiny.architecture import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,24 @@
 """Checkpoints: a PEFT adapter, and beside it the state that resumes a run exactly. Written whole or not at all."""
 
+import dataclasses
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fdfo.config import TrainConfig, UserError, config_from_json
-from fdfo.model import FlowModel, hub_errors
+from fdfo.hub import ADAPTER, check_adapter_files, download_folder
+from fdfo.model import FlowModel
 from fdfo.update import LossScale
 
-ADAPTER, STATE, TENSORS = "adapter_model.safetensors", "training_state.json", "training_state.safetensors"
-HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/tree/([\w.-]+)/([\w./-]+?)/?")
-HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+?)/?")
+STATE, TENSORS = "training_state.json", "training_state.safetensors"
 FIXED_ON_RESUME = (
-    "seed", "lora_rank", "lora_alpha", "pretrained_model", "prompt_set", "total_pairs_per_epoch", "gradient_steps_per_epoch",
+    "seed", "vlm_model_name", "lora_rank", "lora_alpha", "pretrained_model", "prompt_set", "total_pairs_per_epoch", "gradient_steps_per_epoch",
     "sample", "churn", "reward_preset", "reward_specs", "precision",
 )  # fmt: skip
 
@@ -43,19 +41,17 @@ def find_checkpoint(text: str) -> Checkpoint:
     Hub names are https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER and hf:OWNER/NAME/FOLDER; that folder alone is
     downloaded. Raises UserError when there is no adapter.
     """
-    if "://" in text or text.startswith("hf:"):
+    hub = "://" in text or text.startswith("hf:")
+    if hub:
         folder = download_folder(text)
     else:
         folder = Path(text)
         if (folder / "checkpoints").is_dir():
             folder = latest_checkpoint(folder)
-    if not (folder / "adapter_config.json").is_file() or not (folder / ADAPTER).is_file():
-        raise UserError(
-            f"{text} holds no adapter: give a folder with adapter_config.json and {ADAPTER}, such as "
-            "runs/00000-NAME/checkpoints/epoch-0000005, or a run folder."
-        )
-    run = folder.resolve().parent.parent
-    return Checkpoint(folder, run if (run / "config.json").is_file() else None)
+    check_adapter_files(folder, text)
+    parent = folder.resolve().parent
+    in_run = not hub and parent.name == "checkpoints" and (parent.parent / "config.json").is_file()
+    return Checkpoint(folder, parent.parent if in_run else None)
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -66,29 +62,15 @@ def latest_checkpoint(run: Path) -> Path:
     return complete[-1]
 
 
-def download_folder(text: str) -> Path:
-    """One folder of a hub repository, from the cache where it is there already. Raises UserError."""
-    if match := HUB_URL.fullmatch(text):
-        repository, revision, folder = match.groups()
-    elif match := HUB_SHORT.fullmatch(text):
-        (repository, folder), revision = match.groups(), "main"
-    else:
-        raise UserError(
-            f"{text} is not a folder on the hub: write https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER or hf:OWNER/NAME/FOLDER."
-        )
-    if ".." in folder.split("/"):
-        raise UserError(f"{text} points outside its repository: give a plain folder name.")
-    with hub_errors(repository):
-        root = snapshot_download(repository, revision=revision, allow_patterns=[f"{folder}/*"])
-    return Path(root) / folder
-
-
 def saved_config(checkpoint: Checkpoint) -> TrainConfig | None:
     """The config of the run that a checkpoint belongs to."""
     if checkpoint.run is None:
         return None
     path = checkpoint.run / "config.json"
-    return config_from_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        return config_from_json(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a run's config.json: restore the file or start a new run.") from error
 
 
 def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
@@ -116,7 +98,7 @@ def save_checkpoint(run: Path, epoch: int, model: FlowModel, optimizer: torch.op
         config.save_pretrained(str(partial))
         save_file(model.adapter_state(), partial / ADAPTER, metadata={"format": "pt"})
         save_file(optimizer_tensors(model, optimizer), partial / TENSORS)
-        counters = {"epoch": epoch, "loss_scale": scale.value, "calm_steps": scale.calm_steps, "samples": samples}
+        counters = {"epoch": epoch, "samples": samples, "loss_scale": dataclasses.asdict(scale)}
         (partial / STATE).write_text(json.dumps(counters, indent=2) + "\n")
         for path in partial.iterdir():
             with path.open("rb") as file:
@@ -124,8 +106,8 @@ def save_checkpoint(run: Path, epoch: int, model: FlowModel, optimizer: torch.op
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-    except OSError as error:
-        raise UserError(f"The checkpoint {final} cannot be written ({error.strerror}): make room or give another --runs-dir.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The checkpoint {final} cannot be written ({error}): make room or give another --runs-dir.") from error
     return final
 
 
@@ -143,12 +125,11 @@ def load_training_state(checkpoint: Checkpoint, model: FlowModel, optimizer: tor
     try:
         counters = json.loads((checkpoint.folder / STATE).read_text())
         tensors = load_file(checkpoint.folder / TENSORS)
-        for name, parameter in model.named_trainable():
+        for name, parameter in model.named_trainable() if tensors else ():  # none yet where no step was applied
             state = {key: tensors[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             if state["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"{name} has another shape")
             optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
-        scale = LossScale(float(counters["loss_scale"]), int(counters["calm_steps"]))
-        return int(counters["epoch"]), scale, int(counters["samples"])
+        return int(counters["epoch"]), LossScale(**counters["loss_scale"]), int(counters["samples"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"The training state in {checkpoint.folder} is damaged ({error}): resume from another checkpoint.") from error

@@ -1,15 +1,11 @@
-"""Command lines as frozen dataclasses, their presets, and the numbers derived from them (BatchPlan, ChurnPlan)."""
+"""The three command lines as frozen dataclasses, their presets, and config.json."""
 
 import dataclasses
 import json
-import math
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import tyro
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -66,13 +62,6 @@ class ChurnConfig:
     """spread of the interval's centre from pair to pair (interval 1.5)"""
     soft_sd: float | None = None
     """width of the interval (interval 0.25)"""
-
-
-CHURN_DEFAULTS = {
-    "raw": {"weight": 0.0025},
-    "interval": {"weight": 1.0, "weight_sd": 0.0, "mu": 1.0, "sd": 1.5, "soft_sd": 0.25},
-    "prior": {"weight": 0.1, "weight_sd": 1.0},
-}
 
 
 @dataclass(frozen=True)
@@ -132,79 +121,6 @@ class TrainConfig:
     """scorers of that comparison"""
 
 
-PRESETS = {
-    "sd35-medium": TrainConfig(),
-    "tiny": TrainConfig(
-        preset="tiny",
-        sample=SampleConfig(num_solver_steps=8, resolution=64),
-        train=OptimConfig(learning_rate=2e-4, clip_range=0.2),
-        churn=ChurnConfig(weight=0.02),
-        num_epochs=20,
-        memory_efficient=False,
-        pretrained_model="tiny",
-        prompt_set="tiny",
-        total_pairs_per_epoch=128,
-        max_batch_size=256,
-        reward_preset="scene",
-        precision="fp32",
-        heldout_prompt_set="tiny_heldout",
-        heldout_metrics=("scene", "scene_clip"),
-    ),
-}
-
-
-def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, quiet: bool = False) -> TrainConfig:
-    """The command line of train.py over the defaults of --preset, or over those of the run that is resumed."""
-    default = saved or PRESETS.get(flag_value(argv, "--preset"), PRESETS["sd35-medium"])
-    config = tyro.cli(TrainConfig, args=list(argv), default=default, console_outputs=not quiet)
-    check_train_config(config)
-    return config
-
-
-def flag_value(argv: Sequence[str], flag: str) -> str:
-    """The value of a flag on a command line, written as two words or with an equals sign; empty if it is not there."""
-    for i, word in enumerate(argv):
-        if word == flag:
-            return "".join(argv[i + 1 : i + 2])
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-    return ""
-
-
-def check_train_config(config: TrainConfig) -> None:
-    """Raises UserError for numbers that no run can have."""
-    at_least_one = {
-        "--sample.num-solver-steps": config.sample.num_solver_steps,
-        "--sample.resolution": config.sample.resolution,
-        "--num-epochs": config.num_epochs,
-        "--save-freq": config.save_freq,
-        "--lora-rank": config.lora_rank,
-        "--lora-alpha": config.lora_alpha,
-        "--total-pairs-per-epoch": config.total_pairs_per_epoch,
-        "--gradient-steps-per-epoch": config.gradient_steps_per_epoch,
-        "--heldout-prompts": config.heldout_prompts,
-    }
-    for flag, value in at_least_one.items():
-        if value < 1:
-            raise UserError(f"{flag} is {value}: give a whole number of 1 or more.")
-    positive = {"learning-rate": config.train.learning_rate, "clip-range": config.train.clip_range}
-    positive |= {"adam-epsilon": config.train.adam_epsilon, "max-grad-norm": config.train.max_grad_norm}
-    for flag, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--train.{flag} is {value}: give a number above 0.")
-    if config.seed < 0:
-        raise UserError(f"--seed is {config.seed}: give a whole number of 0 or more.")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(config.train, name) < 1:
-            raise UserError(f"--train.{name.replace('_', '-')} must lie in [0, 1).")
-    for name in ("adam_weight_decay", "kl_weight"):
-        if not getattr(config.train, name) >= 0:
-            raise UserError(f"--train.{name.replace('_', '-')} must be 0 or more.")
-    if not config.sample.guidance_scale >= 0:
-        raise UserError("--sample.guidance-scale must be 0 or more; 1 means no guidance.")
-    plan_churn(config.churn)
-
-
 @dataclass(frozen=True)
 class GenerateConfig:
     """Draw a grid of pictures with a checkpoint, or with the base model."""
@@ -239,17 +155,6 @@ class GenerateConfig:
     """classifier-free guidance (1.0, or what the checkpoint was trained with)"""
     batch_size: int = 4
     """pictures drawn at a time"""
-
-
-def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
-    config = tyro.cli(GenerateConfig, args=list(argv))
-    if config.out.suffix.lower() not in (".jpg", ".jpeg", ".png"):
-        raise UserError(f"--out {config.out} is no picture file: end it with .jpg or .png.")
-    if config.prompts and config.prompt_file:
-        raise UserError("--prompts and --prompt-file exclude each other: leave one out.")
-    if min(config.columns, config.grid_cols, config.grid_rows, config.batch_size) < 1 or config.seed < 0:
-        raise UserError("--columns, --grid-cols, --grid-rows and --batch-size must be 1 or more, --seed 0 or more.")
-    return config
 
 
 @dataclass(frozen=True)
@@ -290,122 +195,25 @@ class MetricsConfig:
     """judge of the vlm metrics: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""
 
 
-def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsConfig:
-    config = tyro.cli(MetricsConfig, args=list(argv), console_outputs=not quiet)
-    if not config.metrics:
-        raise UserError("--metrics names no scorer: give one or more, such as --metrics pickscore.")
-    if min(config.num_prompts, config.num_repeats, config.batch_size) < 1 or min(config.prompt_seed, config.image_seed) < 0:
-        raise UserError("--num-prompts, --num-repeats and --batch-size must be 1 or more, the seeds 0 or more.")
-    return config
-
-
-@dataclass(frozen=True)
-class PictureSettings:
-    """How evaluation pictures are drawn."""
-
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class PicturePlan:
-    """What evaluation pictures come from: flags first, then the checkpoint's run, then the preset."""
-
-    model: str
-    half_precision: bool
-    prompt_set: str
-    pictures: PictureSettings
-
-
-def plan_pictures(config: GenerateConfig | MetricsConfig, run: TrainConfig | None) -> PicturePlan:
-    """The plan for generate.py and metrics.py; run is the config of the run that the checkpoint belongs to."""
-    base = run or PRESETS[config.preset]
-    model = config.pretrained_model or base.pretrained_model
-
-    def first(flag, default):
-        return default if flag is None else flag
-
-    settings = PictureSettings(
-        first(config.width, base.sample.resolution),
-        first(config.height, base.sample.resolution),
-        first(config.num_inference_steps, base.sample.num_solver_steps),
-        first(config.guidance_scale, base.sample.guidance_scale),
-        config.batch_size,
-    )
-    return PicturePlan(model, base.precision != "fp32", "tiny_heldout" if base.preset == "tiny" else "showcase", settings)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Derived numbers
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the pairs and samples of an epoch are divided among processes and micro-batches."""
-
-    pairs: tuple[int, ...]  # pairs of each rank
-    samples: int  # (trajectory, step) samples of the epoch, all ranks together
-    gradient_steps: int  # optimizer steps of the epoch
-    sample_batch: int  # pairs a micro-batch when sampling
-    train_batch: int  # samples a micro-batch when training
-
-    def describe(self) -> str:
-        largest, smallest = max(self.pairs), min(self.pairs)
-        share = f"{largest}" if largest == smallest else f"{smallest} or {largest}"
-        return (
-            f"batch plan: {sum(self.pairs)} pairs an epoch on {len(self.pairs)} process(es), {share} each, sampled "
-            f"{self.sample_batch} at a time; {self.samples} samples in {self.gradient_steps} optimizer step(s), "
-            f"micro-batches of {self.train_batch}"
-        )
-
-
-def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
-    """Micro-batches no larger than --max-batch-size, as few and as even as possible (METHOD.md 4).
-
-    Raises UserError where the batch sizes, pairs, optimizer steps and processes do not fit together.
-    """
-    pairs, steps = config.total_pairs_per_epoch, config.gradient_steps_per_epoch
-    if pairs < world_size:
-        raise UserError(f"{pairs} pairs an epoch cannot feed {world_size} processes: start {pairs} or fewer.")
-    samples = 2 * pairs * config.sample.num_solver_steps
-    if steps > samples:
-        raise UserError(f"{steps} gradient steps an epoch are more than its {samples} samples: lower --gradient-steps-per-epoch.")
-    largest = config.max_batch_size if config.max_batch_size is not None else (13 if world_size >= 8 else 6)
-    for flag, value in (("--max-batch-size", largest), ("--sample.batch-size", config.sample.batch_size or 1)):
-        if value < 1:
-            raise UserError(f"{flag} is {value}: give a whole number of 1 or more.")
-    shares = tuple(pairs * (rank + 1) // world_size - pairs * rank // world_size for rank in range(world_size))
-    sample_batch = _micro_batch(max(shares), largest, config.sample.batch_size, "--sample.batch-size")
-    share_of_step = -(-samples // (steps * world_size))
-    train_batch = _micro_batch(share_of_step, largest, config.train.batch_size, "--train.batch-size")
-    return BatchPlan(shares, samples, steps, sample_batch, train_batch)
-
-
-def _micro_batch(count: int, largest: int, wanted: int | None, flag: str) -> int:
-    if wanted is not None:
-        if not 1 <= wanted <= largest:
-            raise UserError(f"{flag} {wanted} is not between 1 and --max-batch-size {largest}: change one of the two.")
-        return min(wanted, count)
-    batches = -(-count // largest)
-    return -(-count // batches)
-
-
-def plan_churn(churn: ChurnConfig) -> dict[str, float]:
-    """The numbers of the churn schedule, each left-out one at its schedule's default (METHOD.md 2)."""
-    numbers = dict(CHURN_DEFAULTS[churn.schedule])
-    for name in ("weight", "weight_sd", "mu", "sd", "soft_sd"):
-        value = getattr(churn, name)
-        if value is None:
-            continue
-        if name not in numbers:
-            raise UserError(f"--churn.{name.replace('_', '-')} has no effect with --churn.schedule {churn.schedule}: leave it out.")
-        if not math.isfinite(value) or (name != "mu" and value < 0) or (name == "soft_sd" and value == 0):
-            raise UserError(f"--churn.{name.replace('_', '-')} is {value}: give a positive number.")
-        numbers[name] = value
-    return numbers
+PRESETS = {
+    "sd35-medium": TrainConfig(),
+    "tiny": TrainConfig(
+        preset="tiny",
+        sample=SampleConfig(num_solver_steps=8, resolution=64),
+        train=OptimConfig(learning_rate=2e-4, clip_range=0.2),
+        churn=ChurnConfig(weight=0.02),
+        num_epochs=20,
+        memory_efficient=False,
+        pretrained_model="tiny",
+        prompt_set="tiny",
+        total_pairs_per_epoch=128,
+        max_batch_size=256,
+        reward_preset="scene",
+        precision="fp32",
+        heldout_prompt_set="tiny_heldout",
+        heldout_metrics=("scene", "scene_clip"),
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,6 +238,19 @@ def config_from_json(text: str, source: str) -> TrainConfig:
         raise UserError(f"{source} is not a run's config.json of this version ({error}): restore the file or start a new run.") from error
 
 
+def fits(value: object, wanted: object) -> bool:
+    """Whether a value from JSON is of a config field's type: a plain type, a union, a Literal, or a tuple of strings."""
+    if typing.get_origin(wanted) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if typing.get_origin(wanted) is Literal:
+        return value in typing.get_args(wanted)
+    if choices := typing.get_args(wanted):
+        return any(fits(value, choice) for choice in choices)
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+
+
 def _build(kind: type, values: dict):
     if not isinstance(values, dict):
         raise ValueError(f"{values!r} stands where {kind.__name__} should")
@@ -446,5 +267,7 @@ def _build(kind: type, values: dict):
             value = Path(value)
         elif isinstance(value, list):
             value = tuple(value)
+        if not dataclasses.is_dataclass(wanted) and not fits(value, wanted):
+            raise ValueError(f"{name} is {value!r}")
         arguments[name] = value
     return kind(**arguments)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,10 +28,9 @@ class Job:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, count: int, rank: int | None = None) -> range:
-        """The contiguous block of range(count) that a rank (by default this one) works on; sizes differ by 1 at most."""
-        rank = self.rank if rank is None else rank
-        return range(count * rank // self.world_size, count * (rank + 1) // self.world_size)
+    def share(self, count: int) -> range:
+        """The contiguous block of range(count) that this rank works on; the ranks' sizes differ by 1 at most."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
@@ -51,15 +51,18 @@ class Job:
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Runs function on rank 0 alone; every rank gets its result, or raises its UserError."""
+        """Runs function on rank 0 alone; every rank gets its result, or ends with its error."""
         outcome: list = [None, None]
+        failure = None
         if self.is_main:
             try:
                 outcome[0] = function()
-            except UserError as error:
-                outcome[1] = str(error)
+            except Exception as error:  # raised again below, once the other ranks know
+                failure, outcome[1] = error, str(error)
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if failure is not None:
+            raise failure
         if outcome[1] is not None:
             raise UserError(outcome[1])
         return outcome[0]
@@ -76,21 +79,27 @@ def start_job() -> Iterator[Job]:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"There are {torch.cuda.device_count()} GPU(s) here: start that many processes or fewer on this machine.")
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Job(rank, world_size, device)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    yield Job(rank, world_size, device)
+    if world_size > 1:  # not after an error: the other ranks may wait in a collective until torchrun ends them
+        dist.destroy_process_group()
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Runs a command line; a UserError becomes one sentence on stderr (of rank 0) and exit code 2."""
+    """Runs a command line; a UserError becomes one sentence on stderr and exit code 2.
+
+    Where all ranks fail alike rank 0 says so and torchrun ends the others; a rank that is still there after ten seconds
+    has failed alone and speaks for itself.
+    """
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            time.sleep(10)
+        print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
         sys.exit(2)

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fdfo.config import PicturePlan, PictureSettings, TrainConfig, UserError
+from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.model import PICTURE_TEXT_LENGTH, FlowModel
+from fdfo.plan import PicturePlan, PictureSettings
 from fdfo.prompts import load_prompts
-from rewards import Scorer, build_scorer
+from rewards import Scorer
 
 HELDOUT_SEED = 100_000
 
@@ -59,7 +60,9 @@ def compare(metric: str, before: list[float], after: list[float]) -> Comparison:
     return Comparison(metric, sum(before) / len(before), sum(after) / len(after), error, len(before))
 
 
-def compare_with_base(job: Job, model: FlowModel, config: TrainConfig, run: Path) -> list[Comparison]:
+def compare_with_base(
+    job: Job, model: FlowModel, config: TrainConfig, scorers: dict[str, Scorer], folder: Path
+) -> list[Comparison]:
     """Base model against adapter on the held-out prompts, shared among ranks; draws before_after.png into the run folder."""
     prompts = load_prompts(config.heldout_prompt_set)[: config.heldout_prompts]
     own = job.share(len(prompts))
@@ -76,12 +79,11 @@ def compare_with_base(job: Job, model: FlowModel, config: TrainConfig, run: Path
         before = draw_pictures(model, mine, seeds, settings)
     after = draw_pictures(model, mine, seeds, settings)
     results = []
-    for metric in config.heldout_metrics:
-        scorer = build_scorer(metric, job, config.vlm_model_name)
+    for metric, scorer in scorers.items():
         both = [gather(job, scorer, mine, images) for images in (before, after)]
         results.append(compare(metric, *both))
     if job.is_main:
-        before_after_sheet(mine[:6], before[:6], after[:6]).save(run / "before_after.png")
+        before_after_sheet(mine[:6], before[:6], after[:6]).save(folder / "before_after.png")
     return results
 
 
@@ -101,7 +103,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     lines, line = [], ""
     for word in text.split():
         while font.getlength(word) > width:
-            cut = next(i for i in range(len(word) - 1, 0, -1) if i == 1 or font.getlength(word[:i]) <= width)
+            cut = next((i for i in range(len(word) - 1, 0, -1) if font.getlength(word[:i]) <= width), 1)
             lines += [line] if line else []
             lines.append(word[:cut])
             word, line = word[cut:], ""
@@ -123,8 +125,8 @@ def check_settings(model: FlowModel, settings: PictureSettings) -> None:
     """Raises UserError for pictures the model cannot draw."""
     for side in (settings.width, settings.height):
         model.latent_shape(side)
-    if settings.steps < 1 or settings.batch_size < 1 or settings.guidance < 0:
-        raise UserError("Steps and batch size must be 1 or more, guidance 0 or more: change the flag that is not.")
+    if settings.steps < 1 or settings.batch_size < 1 or not 1 <= settings.guidance < math.inf:
+        raise UserError("Steps, batch size and guidance must be 1 or more: change the flag that is not.")
 
 
 def grid_sheet(prompts: list[str], pictures: torch.Tensor, columns: int, cols: int, rows: int) -> Image.Image:
@@ -133,7 +135,7 @@ def grid_sheet(prompts: list[str], pictures: torch.Tensor, columns: int, cols: i
     pictures [N cols rows, 3, H, W] uint8, in the order of the prompts.
     """
     height, width = pictures.shape[-2:]
-    scale = max(1, 96 // width)  # tiny pictures are enlarged, so that captions can be read
+    scale = -(-96 // width)  # tiny pictures are enlarged, so that captions can be read
     cell_w, cell_h, gap = width * scale, height * scale, 8
     font = ImageFont.load_default(max(12, cell_h // 22))
     line = int(font.size * 1.35)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -14,8 +16,6 @@ from fdfo.config import TrainConfig, UserError, config_to_dict, config_to_json
 
 def check_writable(runs_dir: Path) -> None:
     """Raises UserError when no run folder could be made there. Writes nothing."""
-    import os
-
     parent = runs_dir.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -26,8 +26,6 @@ def check_writable(runs_dir: Path) -> None:
 def create_run_folder(config: TrainConfig) -> Path:
     """runs/NNNNN-name with the next free number, and config.json in it. Raises UserError when it cannot be written."""
     name = config.run_name or f"{default_reward_name(config)}-cfg_{config.sample.guidance_scale}".replace(".", "p")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"--run-name {name!r} is no folder name: use letters, digits, '.', '_' and '-'.")
     try:
         config.runs_dir.mkdir(parents=True, exist_ok=True)
         taken = [int(p.name[:5]) for p in config.runs_dir.iterdir() if re.match(r"\d{5}-", p.name)]
@@ -37,6 +35,19 @@ def create_run_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise UserError(f"No run folder can be made in {config.runs_dir} ({error.strerror}): give another --runs-dir.") from error
     return run
+
+
+def reopen_run_folder(run: Path, config: TrainConfig, epochs_done: int) -> None:
+    """Makes config.json say what the resumed run does, and sets checkpoints aside that it leaves behind by going on earlier."""
+    try:
+        partial = run / ".config.json.partial"
+        partial.write_text(config_to_json(config), encoding="utf-8")
+        partial.rename(run / "config.json")
+        for folder in (run / "checkpoints").glob("epoch-*"):
+            if int(folder.name.removeprefix("epoch-")) > epochs_done:
+                folder.rename(folder.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{folder.name}"))
+    except OSError as error:
+        raise UserError(f"{run} cannot be written ({error.strerror}): resume from a copy that can.") from error
 
 
 def default_reward_name(config: TrainConfig) -> str:
@@ -60,20 +71,33 @@ class RunLog:
         if config.log_wandb:
             import wandb
 
-            self.wandb = wandb.init(project="fdfo", name=run.name, dir=run, config=config_to_dict(config), resume="allow", id=run.name)
+            mark = run / "wandb_id.txt"  # a resumed run goes on in its own W&B run
+            if not mark.exists():
+                mark.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+            self.wandb = wandb.init(
+                project="fdfo", name=run.name, dir=run, config=config_to_dict(config), resume="allow", id=mark.read_text().strip()
+            )
 
     def write(self, kind: str, epoch: int, **values: object) -> None:
         """Appends one object. epoch counts whole epochs done once this line's epoch is over."""
         if not self.main:
             return
+        line = {"kind": kind, "epoch": epoch} | {name: as_json(value) for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "epoch": epoch, **values}) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.wandb is not None:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"epoch": epoch})
 
     def close(self) -> None:
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def as_json(value: object) -> object:
+    """The value with null for numbers that are not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: as_json(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class StageClock:

@@ -4,26 +4,19 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
-import httpx
 import torch
-import transformers
-from diffusers import StableDiffusion3Pipeline
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fdfo.config import UserError
-from fdfo.tiny import TINY_MODEL
+from fdfo.hub import ADAPTER, check_adapter_files, load_pipeline
 
 COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TRAINING_TEXT_LENGTH = 128  # T5 tokens in training
 PICTURE_TEXT_LENGTH = 256  # T5 tokens for evaluation pictures
-BUNDLED_MODELS = {"tiny": TINY_MODEL}
 DECODE_BATCH = 8  # pictures; on a CPU larger batches fall out of its caches and take twice as long
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -71,11 +64,11 @@ class FlowModel:
             self._attach(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=self.lora_targets()))
 
     def load_adapter(self, folder: Path) -> None:
-        """The PEFT adapter that lies in a folder, replacing none. Raises UserError if it does not fit this transformer."""
+        """The PEFT adapter that lies in a folder, onto a model that has none. Raises UserError if it does not fit this transformer."""
         config = read_adapter_config(folder)
         self._attach(config)
         try:
-            state = load_file(folder / "adapter_model.safetensors")
+            state = load_file(folder / ADAPTER)
             result = set_peft_model_state_dict(self.peft, state)
         except (RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
@@ -230,43 +223,9 @@ def check_device(precision: str, device: torch.device) -> None:
         )
 
 
-def load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """StableDiffusion3Pipeline from a hub id, a folder or the bundled "tiny", on the CPU. Raises UserError when it cannot be had."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    argument = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 42) else "torch_dtype"
-    with hub_errors(name):
-        return StableDiffusion3Pipeline.from_pretrained(str(BUNDLED_MODELS.get(name, name)), **{argument: dtype})
-
-
-@contextlib.contextmanager
-def hub_errors(name: str) -> Iterator[None]:
-    """Turns the ways in which a model cannot be had into one sentence."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise UserError(
-            f"{name} is gated: accept its licence on https://huggingface.co/{name} and run `hf auth login`, then start again."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"The hub has no repository {name}, or it is private or gated: check the name, accept its licence, `hf auth login`."
-        ) from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-        raise UserError(
-            f"{name} cannot be loaded ({reason}): check the name and the network; for a gated model accept its licence "
-            "and run `hf auth login`; a folder must hold a complete model."
-        ) from error
-
-
 def read_adapter_config(folder: Path) -> LoraConfig:
     """The LoraConfig of an adapter folder. Raises UserError if the folder holds no LoRA adapter."""
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"{folder} holds no adapter: give a folder with adapter_config.json and adapter_model.safetensors, such as "
-            "runs/00000-NAME/checkpoints/epoch-0000005."
-        )
+    check_adapter_files(folder, folder)
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:

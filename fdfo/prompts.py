@@ -27,7 +27,7 @@ def load_prompts(name: str) -> list[str]:
         known = ", ".join(sorted(p.stem for p in PROMPT_SETS.glob("*.txt")))
         raise UserError(f"There is no prompt set {name!r}: give a text file with one prompt a line, or one of {known}.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a prompt
     except UnicodeDecodeError as error:
         raise UserError(f"The prompt file {path} is not UTF-8 text: save it as UTF-8.") from error
     prompts = [line.strip() for line in lines if line.strip()]

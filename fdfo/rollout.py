@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fdfo.config import BatchPlan, TrainConfig, UserError, plan_churn
+from fdfo.config import TrainConfig, UserError
+from fdfo.plan import BatchPlan, plan_churn
 from fdfo.distributed import Job
 from fdfo.estimator import pair_deviation
 from fdfo.model import FlowModel, TextEmbeddings

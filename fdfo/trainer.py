@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from fdfo.checkpoint import Checkpoint, check_resume, load_training_state, save_checkpoint, saved_config
-from fdfo.config import BatchPlan, TrainConfig, UserError, plan_batches
+from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
-from fdfo.logger import RunLog, StageClock, check_writable, create_run_folder, peak_memory_gib
+from fdfo.logger import RunLog, StageClock, check_writable, create_run_folder, peak_memory_gib, reopen_run_folder
 from fdfo.model import FlowModel, check_device
+from fdfo.plan import BatchPlan, plan_batches
 from fdfo.prompts import epoch_prompts, load_prompts
 from fdfo.rollout import (
     Differences,
@@ -23,7 +24,7 @@ from fdfo.rollout import (
     score_share,
 )
 from fdfo.update import LossScale, StepStats, make_optimizer, optimizer_step, step_samples
-from rewards import WeightedReward, build_scorer, reward_weights
+from rewards import Scorer, WeightedReward, build_scorer, check_scorer_name, reward_weights, training_label
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Run:
     scale: LossScale
     epochs_done: int
     samples_seen: int  # optimizer steps' samples so far; 0 before the first update
+    heldout: dict[str, Scorer]  # scorers of the comparison at the end
 
 
 def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
@@ -48,12 +50,59 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run
     plan = plan_batches(config, job.world_size)
     weights = reward_weights(config.reward_preset, config.reward_specs)
     prompts = load_prompts(config.prompt_set)
-    if config.heldout_prompt_set is not None:
-        load_prompts(config.heldout_prompt_set)
-    check_writable(config.runs_dir)
+    check_heldout(job, config)
     resumed = checkpoint is not None and checkpoint.resumable
+    check_writable(checkpoint.run if resumed else config.runs_dir)
     if resumed:
         check_resume(config, saved_config(checkpoint))
+    model = load_model(job, config, checkpoint)
+    optimizer = make_optimizer(model, config)
+    epochs_done, scale, samples_seen = 0, LossScale.start(config.precision), 0
+    if resumed:
+        epochs_done, scale, samples_seen = load_training_state(checkpoint, model, optimizer)
+        if epochs_done >= config.num_epochs:
+            raise UserError(f"{checkpoint.run} has {epochs_done} epochs already: give a larger --num-epochs to go on.")
+    reward = build_reward(job, config, weights)
+    reward.check_prompts(prompts)
+    heldout = {name: build_scorer(name, job, config.vlm_model_name, config.vlm_use_fsdp) for name in heldout_metrics(config)}
+    folder = checkpoint.run if resumed else job.on_main(lambda: create_run_folder(config))
+    if resumed:
+        job.on_main(lambda: reopen_run_folder(folder, config, epochs_done))
+        job.print(f"resuming {folder} after epoch {epochs_done}")
+    elif checkpoint is not None:
+        job.print(f"{checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
+    log = RunLog(folder, config, epochs_done, job.is_main)
+    return Run(folder, log, plan, prompts, model, reward, optimizer, scale, epochs_done, samples_seen, heldout)
+
+
+def check_heldout(job: Job, config: TrainConfig) -> None:
+    """Raises UserError when the comparison at the end could not be made."""
+    for metric in heldout_metrics(config):
+        check_scorer_name(metric)
+    if config.heldout_prompt_set is None:
+        return
+    found = len(load_prompts(config.heldout_prompt_set))
+    if not job.world_size <= config.heldout_prompts <= found:
+        raise UserError(
+            f"--heldout-prompts is {config.heldout_prompts}: give a number from {job.world_size} (the processes) to {found} "
+            f"(the prompts in {config.heldout_prompt_set})."
+        )
+
+
+def heldout_metrics(config: TrainConfig) -> tuple[str, ...]:
+    return () if config.heldout_prompt_set is None else config.heldout_metrics
+
+
+def build_reward(job: Job, config: TrainConfig, weights: dict[str, float]) -> WeightedReward:
+    """The training reward; its scorers go by the names under which they are logged."""
+    scorers = {
+        training_label(name): build_scorer(name, job, config.vlm_model_name, config.vlm_use_fsdp, training=True) for name in weights
+    }
+    return WeightedReward({training_label(name): weight for name, weight in weights.items()}, scorers)
+
+
+def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> FlowModel:
+    """The base model on its device, with a fresh adapter or the checkpoint's. Raises UserError where they do not fit."""
     model = FlowModel(config.pretrained_model, config.precision, job.device)
     model.latent_shape(config.sample.resolution)
     if checkpoint is None:
@@ -62,18 +111,7 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run
         model.load_adapter(checkpoint.folder)
         check_lora_numbers(model, config, checkpoint)
     model.to_device(text_encoders=not config.memory_efficient)
-    optimizer = make_optimizer(model, config)
-    epochs_done, scale, samples_seen = 0, LossScale.start(config.precision), 0
-    if resumed:
-        epochs_done, scale, samples_seen = load_training_state(checkpoint, model, optimizer)
-    scorers = {name: build_scorer(name, job, config.vlm_model_name, config.vlm_use_fsdp, training=True) for name in weights}
-    folder = checkpoint.run if resumed else job.on_main(lambda: create_run_folder(config))
-    if resumed:
-        job.print(f"resuming {folder} after epoch {epochs_done}")
-    elif checkpoint is not None:
-        job.print(f"{checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
-    log = RunLog(folder, config, epochs_done, job.is_main)
-    return Run(folder, log, plan, prompts, model, WeightedReward(weights, scorers), optimizer, scale, epochs_done, samples_seen)
+    return model
 
 
 def check_lora_numbers(model: FlowModel, config: TrainConfig, checkpoint: Checkpoint) -> None:
@@ -92,8 +130,8 @@ def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
     log.write("start", run.epochs_done, versions=versions(), processes=job.world_size, device=str(job.device))
     announce(job, config, run)
     pairs = job.share(config.total_pairs_per_epoch)
-    model, guidance_text = run.model, None
-    for epoch in range(run.epochs_done, config.num_epochs):
+    model, start = run.model, run.epochs_done
+    for epoch in range(start, config.num_epochs):
         with clock.stage("encode"):
             prompts = epoch_prompts(run.prompts, epoch, config.total_pairs_per_epoch, config.seed)[pairs.start : pairs.stop]
             text, guidance_text = encode_prompts(model, prompts, config)
@@ -105,30 +143,35 @@ def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
             differences = score_share(rollout, images, run.reward)
         if run.samples_seen == 0:
             check_first_scores(gather_scores(job, differences.scores))
-        steps = []
+        steps, untrained = [], lora_b(model) if run.samples_seen == 0 else None
         with clock.stage("update"):
             for samples, total in step_samples(run.plan, config, epoch, pairs):
                 stats = optimizer_step(
                     job, model, config, run.plan, rollout, differences, guidance_text, samples, total,
-                    run.optimizer, run.scale, first=not steps,
+                    run.optimizer, run.scale, first=epoch == start and not steps,
                 )  # fmt: skip
-                if run.samples_seen == 0 and stats.applied:
-                    check_adapter_moved(model)
+                if untrained is not None and stats.applied:
+                    check_adapter_moved(untrained, lora_b(model))
+                    untrained = None
                 steps.append(stats)
                 run.samples_seen += total
                 log.write("step", epoch + 1, step=len(steps), **vars(stats))
         run.epochs_done = epoch + 1
-        with clock.stage("checkpoint"):
+        report_epoch(job, config, run, clock, differences, steps)
+        with clock.stage("checkpoint"):  # after the log, so that a checkpoint never lacks its epoch's line
             if run.epochs_done % config.save_freq == 0 or run.epochs_done == config.num_epochs:
                 job.on_main(lambda: save_checkpoint(run.folder, run.epochs_done, model, run.optimizer, run.scale, run.samples_seen))
-        report_epoch(job, config, run, clock, differences, steps)
     return run
 
 
-def check_adapter_moved(model: FlowModel) -> None:
-    """After the first update from a fresh adapter, B is no longer 0. Raises UserError where nothing moved."""
-    moved = any(bool(p.detach().any()) for name, p in model.named_trainable() if "lora_B" in name)
-    if not moved:
+def lora_b(model: FlowModel) -> list[torch.Tensor]:
+    """Copies of the LoRA's B matrices."""
+    return [p.detach().clone() for name, p in model.named_trainable() if "lora_B" in name]
+
+
+def check_adapter_moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+    """The first update must move B. Raises UserError where nothing moved."""
+    if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
         raise UserError("The first update left the adapter where it was: check the learning rate and that pairs differ in reward.")
 
 

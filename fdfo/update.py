@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fdfo.config import BatchPlan, TrainConfig, UserError
+from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.estimator import surrogate_loss
 from fdfo.model import FlowModel, TextEmbeddings
+from fdfo.plan import BatchPlan
 from fdfo.rollout import Differences, Rollout
 
 RATIO_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-2}
@@ -23,6 +24,7 @@ RATIO_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-2}
 class LossScale:
     """Factor on the loss that keeps float16 gradients above underflow; halved on overflow, doubled after calm steps."""
 
+    enabled: bool
     value: float
     calm_steps: int = 0
 
@@ -32,19 +34,19 @@ class LossScale:
     @classmethod
     def start(cls, precision: str) -> "LossScale":
         """Only float16 needs one; elsewhere the scale is 1 and stays there."""
-        return cls(cls.LARGEST if precision == "fp16" else 1.0)
+        return cls(True, cls.LARGEST) if precision == "fp16" else cls(False, 1.0)
 
     def overflowed(self) -> bool:
         """Lowers the scale; False where it cannot go lower, that is where the gradient itself is not finite."""
         self.calm_steps = 0
-        if self.value <= 1.0:
+        if not self.enabled or self.value <= 1.0:
             return False
         self.value /= 2
         return True
 
     def succeeded(self) -> None:
         self.calm_steps += 1
-        if 1.0 < self.value < self.LARGEST and self.calm_steps >= self.GROWTH_INTERVAL:
+        if self.enabled and self.value < self.LARGEST and self.calm_steps >= self.GROWTH_INTERVAL:
             self.value, self.calm_steps = self.value * 2, 0
 
 
@@ -55,7 +57,7 @@ class StepStats:
     loss: float
     clipfrac: float
     ratio_mean: float
-    ratio_first: float  # the ratio of this rank's first micro-batch farthest from 1
+    ratio_first: float  # the ratio of rank 0's first micro-batch farthest from 1; 1 at the first step of an epoch
     grad_norm: float
     loss_scale: float
     applied: bool
@@ -99,31 +101,35 @@ def accumulate_gradient(
 ) -> tuple[torch.Tensor, float]:
     """Adds the gradient of the rank's samples to the parameters, scaled, as their part of the mean over `total` samples.
 
-    Returns sums over the samples, float64 on the CPU (loss, clipped, ratio), and the first micro-batch's ratio farthest
-    from 1. Stops early, with NaN sums, when a loss or a scaled gradient is not finite.
+    Returns sums over the samples, float64 on the CPU (loss, clipped, ratio, overflows), and the first micro-batch's ratio
+    farthest from 1. Stops early when a loss or a scaled gradient is not finite. Dropped pairs count as ratio 1.
     """
     sigmas = model.sigmas(config.sample.num_solver_steps).to(model.device)
     guidance, T = config.sample.guidance_scale, config.sample.num_solver_steps
-    sums, ratio_first = torch.zeros(3, dtype=torch.float64), 1.0
-    for number, batch in enumerate(samples.split(plan.train_batch)):
+    sums, ratio_first = torch.zeros(4, dtype=torch.float64), 1.0
+    for start in range(0, len(samples), plan.train_batch):
+        batch = samples[start : start + plan.train_batch]
         row, step = (batch // T).to(model.device), (batch % T).to(model.device)
         x, text = rollout.xs[row, step], rollout.text.rows(row // 2)
         v = model.velocity(x, sigmas[step], text, empty, guidance)
         loss, ratio = surrogate_loss(
             v, rollout.velocities[row, step], differences.dx[row], differences.dR[row], config.train.clip_range
         )
+        kept = ~differences.dropped[row]
         if config.train.kl_weight > 0:
             with torch.no_grad(), model.base():
                 v_base = model.velocity(x, sigmas[step], text, empty, guidance)
-            loss = loss + config.train.kl_weight * (v.float() - v_base.float()).square().mean((1, 2, 3))
+            distance = (v.float() - v_base.float()).square().mean((1, 2, 3))
+            loss = loss + config.train.kl_weight * kept * distance
         (loss.sum() * (scale / total)).backward()
+        ratio = torch.where(kept, ratio.detach(), torch.ones_like(ratio))
         clipped = (ratio - 1).abs() > config.train.clip_range
-        values = torch.stack([loss.detach().sum(), clipped.sum(), ratio.detach().sum()]).double().cpu()
+        overflow = loss.new_tensor(scale > 1 and not gradient_is_finite(model))
+        values = torch.stack([loss.detach().sum(), clipped.sum(), ratio.sum(), overflow]).double().cpu()
         sums += values
-        if number == 0:
-            ratio_first = float(ratio.detach()[(ratio.detach() - 1).abs().argmax()])
-        if not values.isfinite().all() or (scale > 1 and not gradient_is_finite(model)):
-            sums += math.nan
+        if start == 0:
+            ratio_first = float(ratio[(ratio - 1).abs().argmax()])
+        if overflow or not values.isfinite().all():
             break
     return sums, ratio_first
 
@@ -158,8 +164,8 @@ def optimizer_step(
 ) -> StepStats:
     """One optimizer step: gradient of the whole job, clipped, applied. A float16 overflow lowers the scale and is redone.
 
-    A gradient that is not finite without any scale never reaches the weights: the step is left out and counted.
-    `first`: these are the first samples since the weights last changed, so their ratio must be 1.
+    A loss that is not finite, or a gradient that is not finite without any scale, never reaches the weights: the step is
+    left out and counted. `first`: the weights are still those that sampled, so the ratio must be 1.
     """
     parameters = model.trainable()
     while True:
@@ -173,14 +179,15 @@ def optimizer_step(
             check_ratio(job, ratio_first, config.precision)
         sums = job.sum(sums.to(model.device)).cpu()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-        finite = bool(norm.isfinite()) and bool(sums.isfinite().all())
-        if finite or not scale.overflowed():
+        loss_finite, gradient_finite = bool(sums.isfinite().all()), bool(norm.isfinite() and sums[3] == 0)
+        finite = loss_finite and gradient_finite
+        if finite or not loss_finite or not scale.overflowed():
             break
     if finite:
         optimizer.step()
         scale.succeeded()
     optimizer.zero_grad()
-    loss, clipped, ratio = (sums / total).tolist()
+    loss, clipped, ratio, _ = (sums / total).tolist()
     return StepStats(loss, clipped, ratio, ratio_first, float(norm), used, finite)
 
 

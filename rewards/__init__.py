@@ -1,7 +1,8 @@
 """Rewards: scorers, presets and the weighted sum (METHOD.md 3 and 5).
 
 A scorer is an object with `score(prompts: list[str], images: Tensor [N, 3, H, W] float in [0, 1] or uint8) -> Tensor [N]
-float32`. Training and evaluation use the same classes; training hands over floats, evaluation uint8.
+float32`. It may have `check_prompts(prompts: list[str])`, which raises UserError for prompts that it cannot judge. Training
+and evaluation use the same classes; training hands over floats, evaluation uint8.
 """
 
 import importlib
@@ -37,6 +38,8 @@ def reward_weights(preset: str, specs: tuple[str, ...]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for spec in specs:
         name, _, weight = spec.rpartition("=")
+        if name in weights:
+            raise UserError(f"The reward {name} is given twice: add its weights up.")
         try:
             weights[name] = float(weight)
         except ValueError as error:
@@ -59,7 +62,7 @@ def _own_class(name: str) -> type:
     module_name, _, class_name = name.partition(":")
     try:
         return getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"The scorer {name} cannot be imported ({error}): check MODULE:CLASS and where you start from.") from error
 
 
@@ -75,9 +78,16 @@ def build_scorer(name: str, job: Job, vlm_model: str = "qwenvl-7b", vlm_use_fsdp
         from rewards.vlm import VlmScorer, question_for
 
         return VlmScorer(vlm_model, question_for(name, training), job, shard=vlm_use_fsdp)
-    from rewards.scene import SceneScorer
+    if name == "scene":
+        from rewards.scene import SceneScorer
 
-    return SceneScorer(job.device)
+        return SceneScorer(job.device)
+    raise UserError(f"There is no scorer {name!r}: use one of {', '.join(SCORERS)}, or MODULE:CLASS of your own.")
+
+
+def training_label(name: str) -> str:
+    """The name in logs of a scorer in training: the VLM's training values differ from its metric's (METHOD.md 5)."""
+    return f"{name}_train" if name in VLM_SCORERS else name
 
 
 class WeightedReward:
@@ -85,6 +95,12 @@ class WeightedReward:
 
     def __init__(self, weights: dict[str, float], scorers: dict[str, Scorer]):
         self.weights, self.scorers = weights, scorers
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises UserError where a scorer that looks at prompts beforehand cannot judge one of them."""
+        for scorer in self.scorers.values():
+            if hasattr(scorer, "check_prompts"):
+                scorer.check_prompts(prompts)
 
     def score(self, prompts: list[str], images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Raw scores of every scorer, [N] float32 each. Raises UserError when a scorer breaks its contract."""

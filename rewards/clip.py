@@ -3,7 +3,7 @@
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from fdfo.model import hub_errors
+from fdfo.hub import hub_errors
 from fdfo.tiny import SCENE_CLIP
 
 CLIP_MODELS = {  # name: (model, processor), hub ids or folders

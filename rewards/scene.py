@@ -6,6 +6,7 @@ the background's colour, every object (there, of that colour, of that shape), an
 
 import torch
 
+from fdfo.config import UserError
 from fdfo.tiny.scenes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, parse_caption, shape_mask
 
 COLOUR_TOLERANCE = 0.30  # a pixel farther than this from its nearest palette colour (L2, RGB in [0, 1]) has no colour
@@ -20,14 +21,19 @@ class SceneScorer:
     def __init__(self, device: str | torch.device = "cpu"):
         self.palette = torch.tensor(list(COLOURS.values()), device=device)  # [K, 3]
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises UserError for a prompt outside the grammar."""
+        for prompt in prompts:
+            parse_caption(prompt)
+
     @torch.no_grad()
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         """prompts [N], images [N, 3, 64, 64] float in [0, 1] or uint8 -> [N] float32.
 
-        Raises ValueError when a prompt is outside the grammar or the pictures are not 64 x 64.
+        Raises UserError when a prompt is outside the grammar or the pictures are not 64 x 64.
         """
         if tuple(images.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(f"The scene scorer needs pictures of {IMAGE_SIZE} x {IMAGE_SIZE}, got {tuple(images.shape)}.")
+            raise UserError(f"The scene scorer needs pictures of {IMAGE_SIZE} x {IMAGE_SIZE}, got {tuple(images.shape)}.")
         scenes = [parse_caption(prompt) for prompt in prompts]
         scores = [
             self._score_batch(scenes[i : i + MAX_BATCH], images[i : i + MAX_BATCH]) for i in range(0, len(scenes), MAX_BATCH)

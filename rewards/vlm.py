@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from fdfo.distributed import Job
-from fdfo.model import hub_errors
+from fdfo.hub import hub_errors
 
 VLM_MODELS = {
     "qwenvl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",

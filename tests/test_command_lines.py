@@ -55,7 +55,12 @@ WRONG = {
     "run folder": (["train", "--preset", "tiny", "--runs-dir", "LICENSE/runs"], "--runs-dir"),
     "reward": (["train", "--preset", "tiny", "--reward-preset", "joy"], "no reward preset 'joy'"),
     "churn number": (["train", "--preset", "tiny", "--churn.mu", "1"], "no effect"),
+    "foreign captions": (["train", "--preset", "tiny", "--prompt-set", "showcase"], "does not understand the caption"),
     "resolution": (["train", "--preset", "tiny", "--sample.resolution", "72"], "multiple of 16"),
+    "held-out metric": (["train", "--preset", "tiny", "--heldout-metrics", "beauty"], "no scorer 'beauty'"),
+    "held-out prompts": (["train", "--preset", "tiny", "--heldout-prompts", "9999"], "from 1 (the processes) to 512"),
+    "guidance": (["train", "--preset", "tiny", "--sample.guidance-scale", "0.5"], "--sample.guidance-scale must be 1"),
+    "run name": (["train", "--preset", "tiny", "--run-name", "a/b"], "--run-name"),
     "out": (["generate", "--preset", "tiny", "--out", "x.gif"], ".jpg or .png"),
     "out folder": (["generate", "--preset", "tiny", "--out", "nowhere/x.jpg"], "There is no folder"),
     "too many prompts": (

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from fdfo.command_line import flag_value, parse_train_config
 from fdfo.config import (
     PRESETS,
     ChurnConfig,
@@ -12,10 +13,8 @@ from fdfo.config import (
     UserError,
     config_from_json,
     config_to_json,
-    parse_train_config,
-    plan_batches,
-    plan_churn,
 )
+from fdfo.plan import plan_batches, plan_churn
 from fdfo.prompts import epoch_prompts, load_prompts
 from fdfo.tiny.scenes import is_held_out, parse_caption, tiny_prompt_sets
 
@@ -32,6 +31,12 @@ def test_defaults_are_those_of_the_method():
 def test_flags_win_over_the_preset_wherever_they_stand():
     for argv in (["--preset", "tiny", "--seed", "9"], ["--seed", "9", "--preset=tiny"]):
         assert parse_train_config(argv) == dataclasses.replace(PRESETS["tiny"], seed=9)
+
+
+def test_flags_are_read_as_tyro_reads_them():
+    argv = ["--preset=tiny", "--resume_from", "a", "--resume-from=b"]
+    assert flag_value(argv, "--resume-from") == parse_train_config(argv).resume_from == "b"
+    assert flag_value(["--resume-from"], "--resume-from") == flag_value([], "--preset") == ""
 
 
 @pytest.mark.parametrize("pairs,world", [(432, 1), (432, 8), (431, 8), (16, 3), (7, 7), (100, 13)])
@@ -75,7 +80,7 @@ def test_config_json_reads_back():
         assert config_from_json(config_to_json(config), "here") == config
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{\"nonsense\": 1}", "{\"sample\": 3}", "null"])
+@pytest.mark.parametrize("text", ["", "[]", "{\"nonsense\": 1}", "{\"sample\": 3}", "null", '{"seed": "6"}', '{"precision": "fp8"}', '{"reward_specs": "scene=1"}', '{"seed": true}'])
 def test_a_foreign_config_json_is_refused(text: str):
     with pytest.raises(UserError, match="config.json"):
         config_from_json(text, "config.json")

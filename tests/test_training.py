@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from fdfo.checkpoint import find_checkpoint, save_checkpoint
 from fdfo.config import PRESETS, ChurnConfig, OptimConfig, SampleConfig, TrainConfig, UserError, config_from_json
 from fdfo.distributed import Job
+from fdfo.logger import RunLog
 from fdfo.rollout import encode_prompts, sample_share, score_share
 from fdfo.trainer import Run, prepare, train
 from fdfo.update import LossScale, optimizer_step, step_samples
@@ -53,7 +54,7 @@ def test_run_folder_holds_what_it_should(job: Job, tmp_path: Path):
     assert config_from_json((run.folder / "config.json").read_text(), "") == config
     epochs, steps = log_of(run.folder, "epoch"), log_of(run.folder, "step")
     assert len(epochs) == 2 and len(steps) == 8
-    assert set(epochs[0]["seconds"]) == {"encode", "sample", "decode", "reward", "update", "checkpoint"}
+    assert set(epochs[1]["seconds"]) == {"encode", "sample", "decode", "reward", "update", "checkpoint"}
     assert epochs[0]["ratio_first"] == pytest.approx(1, abs=1e-3) and epochs[0]["grad_norm"] > 0
     assert epochs[0]["scores"].keys() == {"scene"} and epochs[0]["peak_memory_gib"] > 0
     for epoch in (1, 2):
@@ -114,6 +115,24 @@ def test_resume_with_changed_numbers_is_refused(job: Job, tmp_path: Path, change
     with pytest.raises(UserError, match=says):
         train(job, dataclasses.replace(config, num_epochs=2, **change), find_checkpoint(str(run)))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resume_of_a_finished_run_says_so(job: Job, tmp_path: Path):
+    config = small(tmp_path)
+    run = train(job, config, None).folder
+    with pytest.raises(UserError, match="has 1 epochs already: give a larger --num-epochs"):
+        train(job, config, find_checkpoint(str(run)))
+
+
+def test_an_update_that_moves_nothing_stops_the_run(job: Job, tmp_path: Path):
+    with pytest.raises(UserError, match="left the adapter where it was"):
+        train(job, small(tmp_path, train=OptimConfig(learning_rate=1e-45)), None)
+
+
+def test_the_log_is_strict_json(tmp_path: Path):
+    log = RunLog(tmp_path, TINY, 0, main=True)
+    log.write("step", 1, loss=float("nan"), scores={"scene": float("inf")}, grad_norm=1.5)
+    assert log_of(tmp_path) == [{"kind": "step", "epoch": 1, "loss": None, "scores": {"scene": None}, "grad_norm": 1.5}]
 
 
 def test_an_unfinished_checkpoint_is_never_taken(job: Job, tmp_path: Path):
@@ -200,11 +219,11 @@ def test_broken_latents_drop_their_pair(job: Job, tmp_path: Path):
     rollout.velocities[3] = rollout.xs[3] = float("nan")
     differences = score_share(rollout, torch.rand(12, 3, 64, 64), run.reward)
     assert differences.dropped.tolist() == [False, False, True, True] + [False] * 8
-    samples, total = step_samples(run.plan, config, 0, range(6))[0]
+    samples = torch.arange(48)
     stats = optimizer_step(
-        job, run.model, config, run.plan, rollout, differences, None, samples, total, run.optimizer, run.scale, first=False
+        job, run.model, config, run.plan, rollout, differences, None, samples, 48, run.optimizer, run.scale, first=True
     )
-    assert stats.applied and torch.isfinite(torch.tensor(stats.loss))
+    assert stats.applied and torch.isfinite(torch.tensor(stats.loss)) and stats.ratio_mean == pytest.approx(1)
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(job: Job, tmp_path: Path):
@@ -218,6 +237,29 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(job: Job, tmp_p
     )
     assert not stats.applied
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_trainable())
+
+
+def test_a_rank_without_samples_in_a_step_takes_part(job: Job, tmp_path: Path):
+    config = small(tmp_path)
+    run, rollout, differences = first_rollout(job, config)
+    none = torch.empty(0, dtype=torch.long)
+    stats = optimizer_step(
+        job, run.model, config, run.plan, rollout, differences, None, none, 5, run.optimizer, run.scale, first=True
+    )
+    assert stats.applied and stats.grad_norm == 0
+
+
+def test_going_on_from_an_earlier_checkpoint_sets_later_ones_aside(job: Job, tmp_path: Path):
+    config = small(tmp_path, num_epochs=3, save_freq=1)
+    run = train(job, config, None).folder
+    kept = load_file(run / "checkpoints" / "epoch-0000002" / "adapter_model.safetensors")
+    changed = dataclasses.replace(config, num_epochs=2)
+    train(job, changed, find_checkpoint(str(run / "checkpoints" / "epoch-0000001")))
+    assert find_checkpoint(str(run)).folder.name == "epoch-0000002"
+    again = load_file(run / "checkpoints" / "epoch-0000002" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    assert len(list((run / "checkpoints").glob("abandoned-*"))) == 2
+    assert config_from_json((run / "config.json").read_text(), "").num_epochs == 2
 
 
 def test_every_sample_is_trained_once_an_epoch(job: Job, tmp_path: Path):
@@ -240,6 +282,16 @@ def test_loss_scale_backs_off_and_recovers():
         scale.succeeded()
     assert scale.value == 2.0**24
     assert LossScale.start("fp32").value == 1 and not LossScale.start("bf16").overflowed()
+
+
+def test_loss_scale_recovers_from_the_bottom():
+    scale = LossScale.start("fp16")
+    while scale.overflowed():
+        pass
+    assert scale.value == 1
+    for _ in range(LossScale.GROWTH_INTERVAL):
+        scale.succeeded()
+    assert scale.value == 2
 
 
 def test_damaged_training_state_is_refused(job: Job, tmp_path: Path):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fdfo.config import UserError
+
 IMAGE_SIZE = 64
 COLOURS = {
     "red": (0.86, 0.20, 0.18),
@@ -45,10 +47,10 @@ class Scene:
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that a caption describes. Raises ValueError for text outside the tiny preset's grammar."""
+    """The scene that a caption describes. Raises UserError for text outside the tiny preset's grammar."""
     match = _CAPTION.fullmatch(caption.strip())
     if match is None:
-        raise ValueError(
+        raise UserError(
             f"The tiny preset does not understand the caption {caption!r}: write 'a COLOUR SHAPE on a COLOUR background' or "
             f"'a COLOUR SHAPE RELATION a COLOUR SHAPE on a COLOUR background' with colours {', '.join(COLOURS)}, shapes "
             f"{', '.join(SHAPES)}, relations {', '.join(RELATIONS)}."

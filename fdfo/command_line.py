@@ -1,0 +1,88 @@
+"""Reads and checks the three command lines."""
+
+import math
+import re
+from collections.abc import Sequence
+
+import tyro
+
+from fdfo.config import PRESETS, GenerateConfig, MetricsConfig, TrainConfig, UserError
+from fdfo.plan import plan_churn
+
+
+def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, quiet: bool = False) -> TrainConfig:
+    """The command line of train.py over the defaults of --preset, or over those of the run that is resumed."""
+    default = saved or PRESETS.get(flag_value(argv, "--preset"), PRESETS["sd35-medium"])
+    config = tyro.cli(TrainConfig, args=list(argv), default=default, console_outputs=not quiet)
+    check_train_config(config)
+    return config
+
+
+def flag_value(argv: Sequence[str], flag: str) -> str:
+    """The value of a flag on a command line, as tyro reads it: the last one, with '-' or '_', as two words or with '='."""
+    value = ""
+    for i, word in enumerate(argv):
+        name, equals, rest = word.partition("=")
+        if name.replace("_", "-") == flag:
+            value = rest if equals else "".join(argv[i + 1 : i + 2])
+    return value
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Raises UserError for numbers that no run can have."""
+    at_least_one = {
+        "--sample.num-solver-steps": config.sample.num_solver_steps,
+        "--sample.resolution": config.sample.resolution,
+        "--num-epochs": config.num_epochs,
+        "--save-freq": config.save_freq,
+        "--lora-rank": config.lora_rank,
+        "--lora-alpha": config.lora_alpha,
+        "--total-pairs-per-epoch": config.total_pairs_per_epoch,
+        "--gradient-steps-per-epoch": config.gradient_steps_per_epoch,
+        "--heldout-prompts": config.heldout_prompts,
+    }
+    for flag, value in at_least_one.items():
+        if value < 1:
+            raise UserError(f"{flag} is {value}: give a whole number of 1 or more.")
+    positive = {"learning-rate": config.train.learning_rate, "clip-range": config.train.clip_range}
+    positive |= {"adam-epsilon": config.train.adam_epsilon, "max-grad-norm": config.train.max_grad_norm}
+    for flag, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--train.{flag} is {value}: give a number above 0.")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed is {config.seed}: give a whole number from 0 to 2^63 - 1.")
+    if config.sample.resolution % 16:
+        raise UserError(f"--sample.resolution is {config.sample.resolution}: give a multiple of 16.")
+    if config.run_name is not None and not re.fullmatch(r"[\w.-]+", config.run_name):
+        raise UserError(f"--run-name {config.run_name!r} is no folder name: use letters, digits, '.', '_' and '-'.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config.train, name) < 1:
+            raise UserError(f"--train.{name.replace('_', '-')} must lie in [0, 1).")
+    for name in ("adam_weight_decay", "kl_weight"):
+        if not 0 <= getattr(config.train, name) < math.inf:
+            raise UserError(f"--train.{name.replace('_', '-')} must be 0 or more.")
+    if not 1 <= config.sample.guidance_scale < math.inf:
+        raise UserError("--sample.guidance-scale must be 1 (no guidance) or more.")
+    plan_churn(config.churn)
+
+
+def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
+    config = tyro.cli(GenerateConfig, args=list(argv))
+    if config.out.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise UserError(f"--out {config.out} is no picture file: end it with .jpg or .png.")
+    if config.prompts and config.prompt_file:
+        raise UserError("--prompts and --prompt-file exclude each other: leave one out.")
+    if min(config.columns, config.grid_cols, config.grid_rows, config.batch_size) < 1 or config.seed < 0:
+        raise UserError("--columns, --grid-cols, --grid-rows and --batch-size must be 1 or more, --seed 0 or more.")
+    return config
+
+
+def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsConfig:
+    config = tyro.cli(MetricsConfig, args=list(argv), console_outputs=not quiet)
+    if not config.metrics:
+        raise UserError("--metrics names no scorer: give one or more, such as --metrics pickscore.")
+    if min(config.num_prompts, config.num_repeats, config.batch_size) < 1:
+        raise UserError("--num-prompts, --num-repeats and --batch-size must be 1 or more.")
+    if not 0 <= config.prompt_seed < 2**32 or not 0 <= config.image_seed < 2**62:
+        raise UserError("--prompt-seed must lie in 0 to 2^32 - 1, --image-seed in 0 to 2^62 - 1.")
+    return config
