@@ -8,26 +8,36 @@
 import os
 import sys
 
-from fdfo.checkpoint import find_checkpoint, saved_config
 from fdfo.command_line import parse_generate_config
-from fdfo.config import UserError
+from fdfo.config import GenerateConfig, UserError
 from fdfo.distributed import exit_on_user_error, start_job
-from fdfo.evaluation import check_settings, draw_pictures, grid_sheet, picture_precision
-from fdfo.model import FlowModel
 from fdfo.plan import plan_pictures
 from fdfo.prompts import load_prompts
+
+# Diffusers and PEFT take seconds to import: they come in the function below, so that --help and mistakes answer at once.
 
 
 def main() -> None:
     config = parse_generate_config(sys.argv[1:])
+    folder = config.out.absolute().parent
+    if not folder.is_dir() or config.out.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"There is no folder {folder}, or {config.out} cannot be written there: give another --out.")
+    if config.prompt_file:
+        load_prompts(config.prompt_file)
+    generate(config)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Draws the pictures and saves the sheet."""
+    from fdfo.checkpoint import find_checkpoint, saved_config
+    from fdfo.evaluation import check_settings, draw_pictures, grid_sheet, picture_precision
+    from fdfo.model import FlowModel
+
     checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
     plan = plan_pictures(config, saved_config(checkpoint) if checkpoint else None)
     prompts = list(config.prompts) or load_prompts(config.prompt_file or plan.prompt_set)
     if not config.prompts and not config.prompt_file:
         prompts = prompts[:15]
-    folder = config.out.absolute().parent
-    if not folder.is_dir() or config.out.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"There is no folder {folder}, or {config.out} cannot be written there: give another --out.")
     with start_job() as job:
         if job.world_size > 1:
             raise UserError("generate.py runs as one process: start it with python, not with torchrun.")

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fdfo.checkpoint import find_checkpoint, saved_config
 from fdfo.command_line import parse_metrics_config
 from fdfo.config import MetricsConfig, UserError, config_to_dict
 from fdfo.distributed import Job, exit_on_user_error, start_job
-from fdfo.evaluation import check_settings, draw_pictures, gather, picture_precision
-from fdfo.model import FlowModel
+from fdfo.logger import versions
 from fdfo.plan import plan_pictures
 from fdfo.prompts import load_prompts
-from fdfo.trainer import versions
 from rewards import build_scorer, check_scorer_name
+
+# Diffusers and PEFT take seconds to import: they come in evaluate(), so that --help and mistakes answer at once.
 
 
 def choose_prompts(config: MetricsConfig) -> list[str]:
@@ -38,6 +37,13 @@ def evaluate(job: Job, config: MetricsConfig) -> dict[str, list[float]]:
     for metric in config.metrics:
         check_scorer_name(metric)
     prompts = choose_prompts(config)
+    total = config.num_prompts * config.num_repeats
+    if total < job.world_size:
+        raise UserError(f"{total} pictures cannot feed {job.world_size} processes: start fewer.")
+    from fdfo.checkpoint import find_checkpoint, saved_config
+    from fdfo.evaluation import check_settings, draw_pictures, gather, picture_precision
+    from fdfo.model import FlowModel
+
     checkpoint = job.on_main(lambda: find_checkpoint(config.checkpoint)) if config.checkpoint else None
     plan = plan_pictures(config, saved_config(checkpoint) if checkpoint else None)
     model = FlowModel(plan.model, picture_precision(plan, job.device), job.device)
@@ -45,9 +51,6 @@ def evaluate(job: Job, config: MetricsConfig) -> dict[str, list[float]]:
     if checkpoint is not None:
         model.load_adapter(checkpoint.folder)
     model.to_device()
-    total = config.num_prompts * config.num_repeats
-    if total < job.world_size:
-        raise UserError(f"{total} pictures cannot feed {job.world_size} processes: start fewer.")
     own = job.share(total)
     mine = [prompts[i // config.num_repeats] for i in own]
     job.print(f"{total} pictures by {plan.model}, {plan.pictures}")

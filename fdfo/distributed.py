@@ -89,6 +89,15 @@ def start_job() -> Iterator[Job]:
         dist.destroy_process_group()
 
 
+def check_device(precision: str, device: torch.device) -> None:
+    """Raises UserError when a half precision is asked for without a GPU."""
+    if precision != "fp32" and device.type == "cpu":
+        raise UserError(
+            "There is no GPU here, and this model needs one: try `python train.py --preset tiny`, which needs none, or add "
+            "--precision fp32 to run on the CPU all the same."
+        )
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Runs a command line; a UserError becomes one sentence on stderr and exit code 2.
 

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -118,6 +119,11 @@ class StageClock:
         """Seconds by stage, rounded to milliseconds; the clock starts again from 0."""
         seconds, self.seconds = self.seconds, {}
         return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide about numbers."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 
 
 def peak_memory_gib(device: torch.device) -> float:

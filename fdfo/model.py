@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fdfo.config import UserError
+from fdfo.distributed import check_device
 from fdfo.hub import ADAPTER, check_adapter_files, load_pipeline
 
 COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -212,15 +213,6 @@ class FlowModel:
             raise UserError(f"The resolution {resolution} does not fit {self.name}: give a multiple of {step} up to {largest}.")
         size = resolution // self.pipe.vae_scale_factor
         return (config.in_channels, size, size)
-
-
-def check_device(precision: str, device: torch.device) -> None:
-    """Raises UserError when a half precision is asked for without a GPU."""
-    if precision != "fp32" and device.type == "cpu":
-        raise UserError(
-            "There is no GPU here, and this model needs one: try `python train.py --preset tiny`, which needs none, or add "
-            "--precision fp32 to run on the CPU all the same."
-        )
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:

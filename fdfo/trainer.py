@@ -3,16 +3,15 @@
 import math
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from fdfo.checkpoint import Checkpoint, check_resume, load_training_state, save_checkpoint, saved_config
 from fdfo.config import TrainConfig, UserError
-from fdfo.distributed import Job
-from fdfo.logger import RunLog, StageClock, check_writable, create_run_folder, peak_memory_gib, reopen_run_folder
-from fdfo.model import FlowModel, check_device
+from fdfo.distributed import Job, check_device
+from fdfo.logger import RunLog, StageClock, check_writable, create_run_folder, peak_memory_gib, reopen_run_folder, versions
+from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_batches
 from fdfo.prompts import epoch_prompts, load_prompts
 from fdfo.rollout import (
@@ -221,7 +220,3 @@ def finite_mean(values: list[float]) -> float:
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
