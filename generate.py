@@ -1,8 +1,8 @@
 """A grid of pictures for one checkpoint, or for the base model.
 
-    python generate.py --preset tiny --out out.jpg
-    python generate.py --checkpoint runs/00000-combined-cfg_1p0 --out out.jpg
-    python generate.py --checkpoint https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER --out out.jpg
+python generate.py --preset tiny --out out.jpg
+python generate.py --checkpoint runs/00000-combined-cfg_1p0 --out out.jpg
+python generate.py --checkpoint https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER --out out.jpg
 """
 
 import os

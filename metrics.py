@@ -1,7 +1,7 @@
 """Scores of the pictures that a checkpoint, or the base model, draws for a prompt set.
 
-    python metrics.py --preset tiny --prompt-set tiny_heldout --num-prompts 256 --metrics scene scene_clip
-    torchrun --nproc_per_node=8 metrics.py --checkpoint URL_OR_FOLDER --prompt-set hpdv2 --num-prompts 3200 --metrics hpsv2 clip_h14
+python metrics.py --preset tiny --prompt-set tiny_heldout --num-prompts 256 --metrics scene scene_clip
+torchrun --nproc_per_node=8 metrics.py --checkpoint URL_OR_FOLDER --prompt-set hpdv2 --num-prompts 3200 --metrics hpsv2 clip_h14
 """
 
 import json

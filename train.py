@@ -1,8 +1,8 @@
 """Train a LoRA of Stable Diffusion 3.5 Medium (or of the bundled tiny model) with a reward.
 
-    python train.py --preset tiny                          # a laptop: no GPU, no download, a few minutes
-    python train.py --num-epochs 5 --total-pairs-per-epoch 16
-    torchrun --nproc_per_node=8 train.py --reward-preset pickscore
+python train.py --preset tiny                          # a laptop: no GPU, no download, a few minutes
+python train.py --num-epochs 5 --total-pairs-per-epoch 16
+torchrun --nproc_per_node=8 train.py --reward-preset pickscore
 """
 
 import sys

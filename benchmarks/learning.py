@@ -1,7 +1,7 @@
 """How far the tiny preset's reward rises: several seeds, side by side, against guidance and true renderings.
 
-    python benchmarks/learning.py --out docs/learning_4_minutes.md                                  # two CPU cores
-    python benchmarks/learning.py --num-epochs 300 --parallel 3 --out docs/learning_300.md          # a GPU
+python benchmarks/learning.py --out docs/learning_4_minutes.md                                  # two CPU cores
+python benchmarks/learning.py --num-epochs 300 --parallel 3 --out docs/learning_300.md          # a GPU
 """
 
 import json

@@ -1,7 +1,7 @@
 """Writes a StableDiffusion3Pipeline of SD3.5 Medium's exact shapes with random weights, to run at full size without them.
 
-    python benchmarks/random_sd35.py --out /tmp/random_sd35
-    python train.py --pretrained-model /tmp/random_sd35 --prompt-set showcase --num-epochs 1 --total-pairs-per-epoch 12
+python benchmarks/random_sd35.py --out /tmp/random_sd35
+python train.py --pretrained-model /tmp/random_sd35 --prompt-set showcase --num-epochs 1 --total-pairs-per-epoch 12
 """
 
 import sys
@@ -36,12 +36,26 @@ def main(config: RandomConfig) -> None:
     clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
     clip.model_max_length, t5.model_max_length = 77, 512
     text = dict(vocab_size=49408, max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    clip_l = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768, **text)
+    clip_l = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768, **text
+    )
     clip_g = CLIPTextConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, hidden_act="gelu", **text
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        projection_dim=1280,
+        hidden_act="gelu",
+        **text,
     )
     xxl = T5Config(
-        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=config.t5_layers, num_heads=64, feed_forward_proj="gated-gelu"
+        vocab_size=32128,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=config.t5_layers,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         pipe = StableDiffusion3Pipeline(

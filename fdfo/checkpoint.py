@@ -83,10 +83,14 @@ def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
             )  # fmt: skip
         if before != now:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} was {before} in the run to resume and is {now} now: leave it as it was, or start a new run.")
+            raise UserError(
+                f"--{flag} was {before} in the run to resume and is {now} now: leave it as it was, or start a new run."
+            )
 
 
-def save_checkpoint(run: Path, epoch: int, model: FlowModel, optimizer: torch.optim.AdamW, scale: LossScale, samples: int) -> Path:
+def save_checkpoint(
+    run: Path, epoch: int, model: FlowModel, optimizer: torch.optim.AdamW, scale: LossScale, samples: int
+) -> Path:
     """Writes checkpoints/epoch-NNNNNNN after `epoch` whole epochs: adapter, optimizer, loss scale, counters."""
     final = run / "checkpoints" / f"epoch-{epoch:07d}"
     partial = final.with_name(f".{final.name}.partial")
@@ -129,7 +133,11 @@ def load_training_state(checkpoint: Checkpoint, model: FlowModel, optimizer: tor
             state = {key: tensors[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             if state["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"{name} has another shape")
-            optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }
         return int(counters["epoch"]), LossScale(**counters["loss_scale"]), int(counters["samples"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"The training state in {checkpoint.folder} is damaged ({error}): resume from another checkpoint.") from error
+        raise UserError(
+            f"The training state in {checkpoint.folder} is damaged ({error}): resume from another checkpoint."
+        ) from error

@@ -235,7 +235,9 @@ def config_from_json(text: str, source: str) -> TrainConfig:
     try:
         return _build(TrainConfig, json.loads(text))
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{source} is not a run's config.json of this version ({error}): restore the file or start a new run.") from error
+        raise UserError(
+            f"{source} is not a run's config.json of this version ({error}): restore the file or start a new run."
+        ) from error
 
 
 def fits(value: object, wanted: object) -> bool:

@@ -80,7 +80,9 @@ def start_job() -> Iterator[Job]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"There are {torch.cuda.device_count()} GPU(s) here: start that many processes or fewer on this machine.")
+            raise UserError(
+                f"There are {torch.cuda.device_count()} GPU(s) here: start that many processes or fewer on this machine."
+            )
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

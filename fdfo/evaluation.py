@@ -137,11 +137,12 @@ def grid_sheet(prompts: list[str], pictures: torch.Tensor, columns: int, cols: i
     height, width = pictures.shape[-2:]
     scale = -(-96 // width)  # tiny pictures are enlarged, so that captions can be read
     cell_w, cell_h, gap = width * scale, height * scale, 8
+    seam = 2  # between pictures of one prompt
     font = ImageFont.load_default(max(12, cell_h // 22))
     line = int(font.size * 1.35)
-    captions = [wrap(prompt, font, cols * cell_w) for prompt in prompts]
+    captions = [wrap(prompt, font, cols * (cell_w + seam)) for prompt in prompts]
     text_height = line * max(map(len, captions)) + gap
-    block_w, block_h = cols * cell_w + gap, rows * cell_h + text_height + gap
+    block_w, block_h = cols * (cell_w + seam) + gap, rows * (cell_h + seam) + text_height + gap
     down = -(-len(prompts) // columns)  # prompts a column
     sheet = Image.new("RGB", (-(-len(prompts) // down) * block_w + gap, down * block_h + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -151,7 +152,7 @@ def grid_sheet(prompts: list[str], pictures: torch.Tensor, columns: int, cols: i
             draw.text((left, top + i * line), text, fill="black", font=font)
         for i in range(cols * rows):
             picture = to_image(pictures[k * cols * rows + i], cell_w)
-            sheet.paste(picture, (left + (i % cols) * cell_w, top + text_height + (i // cols) * cell_h))
+            sheet.paste(picture, (left + (i % cols) * (cell_w + seam), top + text_height + (i // cols) * (cell_h + seam)))
     return sheet
 
 

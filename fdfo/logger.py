@@ -21,7 +21,9 @@ def check_writable(runs_dir: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"No run folder can be made in {runs_dir}: {parent} is not a folder you can write to; give another --runs-dir.")
+        raise UserError(
+            f"No run folder can be made in {runs_dir}: {parent} is not a folder you can write to; give another --runs-dir."
+        )
 
 
 def create_run_folder(config: TrainConfig) -> Path:

@@ -71,7 +71,9 @@ def plan_churn(churn: ChurnConfig) -> dict[str, float]:
         if value is None:
             continue
         if name not in numbers:
-            raise UserError(f"--churn.{name.replace('_', '-')} has no effect with --churn.schedule {churn.schedule}: leave it out.")
+            raise UserError(
+                f"--churn.{name.replace('_', '-')} has no effect with --churn.schedule {churn.schedule}: leave it out."
+            )
         if not math.isfinite(value) or (name != "mu" and value < 0) or (name == "soft_sd" and value == 0):
             raise UserError(f"--churn.{name.replace('_', '-')} is {value}: give a positive number.")
         numbers[name] = value

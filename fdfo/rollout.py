@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from fdfo.config import TrainConfig, UserError
-from fdfo.plan import BatchPlan, plan_churn
 from fdfo.distributed import Job
 from fdfo.estimator import pair_deviation
 from fdfo.model import FlowModel, TextEmbeddings
+from fdfo.plan import BatchPlan, plan_churn
 from fdfo.sampling import interval_gammas, prior_gammas, raw_gammas, sample_pairs
 from rewards import WeightedReward
 
@@ -126,7 +126,9 @@ def check_first_scores(scores: dict[str, list[float]]) -> None:
     for name, values in scores.items():
         if not np.isfinite(values).all():
             count = int((~np.isfinite(values)).sum())
-            raise UserError(f"The scorer {name} gave {count} of {len(values)} pictures a score that is not finite: mend the scorer.")
+            raise UserError(
+                f"The scorer {name} gave {count} of {len(values)} pictures a score that is not finite: mend the scorer."
+            )
         if np.ptp(values) == 0:
             raise UserError(f"The scorer {name} gave all {len(values)} pictures the same score {values[0]}: mend the scorer.")
 

@@ -171,9 +171,7 @@ def optimizer_step(
     while True:
         optimizer.zero_grad()
         used = scale.value
-        sums, ratio_first = accumulate_gradient(
-            model, config, plan, rollout, differences, empty, samples, total, used
-        )
+        sums, ratio_first = accumulate_gradient(model, config, plan, rollout, differences, empty, samples, total, used)
         reduce_gradient(job, parameters, used)
         if first:
             check_ratio(job, ratio_first, config.precision)

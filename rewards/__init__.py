@@ -63,7 +63,9 @@ def _own_class(name: str) -> type:
     try:
         return getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"The scorer {name} cannot be imported ({error}): check MODULE:CLASS and where you start from.") from error
+        raise UserError(
+            f"The scorer {name} cannot be imported ({error}): check MODULE:CLASS and where you start from."
+        ) from error
 
 
 def build_scorer(name: str, job: Job, vlm_model: str = "qwenvl-7b", vlm_use_fsdp: bool = False, training: bool = False) -> Scorer:
@@ -109,7 +111,9 @@ class WeightedReward:
             values = scorer.score(prompts, images)
             if not isinstance(values, torch.Tensor) or values.shape != (len(prompts),):
                 got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-                raise UserError(f"The scorer {name} returned {got} for {len(prompts)} pictures: return a tensor with one number each.")
+                raise UserError(
+                    f"The scorer {name} returned {got} for {len(prompts)} pictures: return a tensor with one number each."
+                )
             scores[name] = values.to(images.device, torch.float32)
         return scores
 

@@ -31,7 +31,9 @@ class ClipScorer:
     @torch.no_grad()
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         """prompts [N], images [N, 3, H, W] float in [0, 1] or uint8 -> [N] float32. Floats are not quantised."""
-        chunks = [self._score_batch(prompts[i : i + MAX_BATCH], images[i : i + MAX_BATCH]) for i in range(0, len(prompts), MAX_BATCH)]
+        chunks = [
+            self._score_batch(prompts[i : i + MAX_BATCH], images[i : i + MAX_BATCH]) for i in range(0, len(prompts), MAX_BATCH)
+        ]
         return torch.cat(chunks)
 
     def _score_batch(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:

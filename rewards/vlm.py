@@ -63,7 +63,9 @@ class VlmScorer:
     def _score_batch(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         quantised = images.dtype == torch.uint8
         if not quantised:
-            images = F.interpolate(images.float(), (FLOAT_SIZE, FLOAT_SIZE), mode="bilinear", align_corners=False, antialias=False)
+            images = F.interpolate(
+                images.float(), (FLOAT_SIZE, FLOAT_SIZE), mode="bilinear", align_corners=False, antialias=False
+            )
         inputs = self.processor(
             text=[self._dialogue(prompt) for prompt in prompts],
             images=list(images),

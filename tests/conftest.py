@@ -19,7 +19,6 @@ from fdfo.model import FlowModel  # noqa: E402
 CPU = torch.device("cpu")
 
 
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -1,6 +1,6 @@
 """Run under torchrun by test_distributed.py: saves what must not depend on the number of processes.
 
-    torchrun --nproc_per_node=K tests/distributed_probe.py OUT.pt RUNS_DIR PAIRS
+torchrun --nproc_per_node=K tests/distributed_probe.py OUT.pt RUNS_DIR PAIRS
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ import torch
 
 from fdfo.config import PRESETS, SampleConfig
 from fdfo.distributed import start_job
+from fdfo.preparation import prepare
 from fdfo.prompts import epoch_prompts
 from fdfo.rollout import FIRST_CHURN, START, encode_prompts, pair_gammas, sample_share, score_share, standard_normal
-from fdfo.trainer import prepare, train
+from fdfo.trainer import train
 from fdfo.update import accumulate_gradient, reduce_gradient, step_samples
 
 
@@ -32,7 +33,10 @@ def main(out: str, runs_dir: str, pairs: int) -> None:
         prompts = epoch_prompts(run.prompts, 1, pairs, config.seed)[own.start : own.stop]
         shape, sigmas = model.latent_shape(64), model.sigmas(8)
         noise = [
-            (standard_normal(shape, config.seed, 1, pair, START), standard_normal((2, *shape), config.seed, 1, pair, FIRST_CHURN + 3))
+            (
+                standard_normal(shape, config.seed, 1, pair, START),
+                standard_normal((2, *shape), config.seed, 1, pair, FIRST_CHURN + 3),
+            )
             for pair in own
         ]
         gammas = pair_gammas(config, sigmas, 1, own)

@@ -54,7 +54,14 @@ class HubServer:
 
     def info(self) -> dict:
         siblings = [{"rfilename": name} for name in self.files]
-        return {"id": self.repository, "modelId": self.repository, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+        return {
+            "id": self.repository,
+            "modelId": self.repository,
+            "sha": COMMIT,
+            "siblings": siblings,
+            "tags": [],
+            "private": False,
+        }
 
     def tree(self) -> list[dict]:
         return [

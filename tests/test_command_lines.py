@@ -94,7 +94,9 @@ def test_generate_reads_the_run_and_flags_win(run_cli, run_folder: Path, tmp_pat
                             "a blue ring above a green cross on a black background", "--grid-rows", 2)  # fmt: skip
     assert code == 0 and "guidance=2.0" in text and "steps=4" in text and "by tiny" in text
     assert Image.open(out).width > 2 * 3 * 64
-    code, text, _ = run_cli("generate", "--checkpoint", run_folder, "--out", out, "--guidance-scale", 1, "--num-inference-steps", 3)
+    code, text, _ = run_cli(
+        "generate", "--checkpoint", run_folder, "--out", out, "--guidance-scale", 1, "--num-inference-steps", 3
+    )
     assert code == 0 and "guidance=1" in text and "steps=3" in text and "45 pictures" in text
 
 
@@ -121,17 +123,33 @@ def test_metrics_agree_with_the_comparison_at_the_end_of_training(run_cli, run_f
 
 def test_a_hub_folder_is_downloaded_alone_and_then_offline(run_folder: Path, tmp_path: Path):
     folder = run_folder / "checkpoints" / "epoch-0000001"
-    files = {f"some-folder/epoch-0000001/{name}": (folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    files = {
+        f"some-folder/epoch-0000001/{name}": (folder / name).read_bytes()
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
     files["some-folder/epoch-0000002/adapter_model.safetensors"] = files["README.md"] = b"not to be fetched"
     url = "https://huggingface.co/someone/adapters/tree/main/some-folder/epoch-0000001"
-    command = [sys.executable, "generate.py", "--preset", "tiny", "--checkpoint", url, "--out", str(tmp_path / "x.jpg"), "--prompts", "a red ring on a blue background"]
+    command = [
+        sys.executable,
+        "generate.py",
+        "--preset",
+        "tiny",
+        "--checkpoint",
+        url,
+        "--out",
+        str(tmp_path / "x.jpg"),
+        "--prompts",
+        "a red ring on a blue background",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     with HubServer("someone/adapters", files) as server:
         environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr
         assert set(server.served) == {name for name in files if "epoch-0000001" in name}
-    done = subprocess.run(command, cwd=ROOT, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -80,7 +80,20 @@ def test_config_json_reads_back():
         assert config_from_json(config_to_json(config), "here") == config
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{\"nonsense\": 1}", "{\"sample\": 3}", "null", '{"seed": "6"}', '{"precision": "fp8"}', '{"reward_specs": "scene=1"}', '{"seed": true}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"nonsense": 1}',
+        '{"sample": 3}',
+        "null",
+        '{"seed": "6"}',
+        '{"precision": "fp8"}',
+        '{"reward_specs": "scene=1"}',
+        '{"seed": true}',
+    ],
+)
 def test_a_foreign_config_json_is_refused(text: str):
     with pytest.raises(UserError, match="config.json"):
         config_from_json(text, "config.json")

@@ -9,8 +9,9 @@ import torch
 from fdfo.config import PRESETS, SampleConfig, TrainConfig
 from fdfo.distributed import Job
 from fdfo.model import FlowModel
+from fdfo.preparation import Run, prepare
 from fdfo.rollout import Rollout, encode_prompts, sample_share, score_share
-from fdfo.trainer import Run, prepare, train
+from fdfo.trainer import train
 from fdfo.update import accumulate_gradient, step_samples
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +42,9 @@ def test_every_precision_trains(tmp_path: Path, precision: str):
 def test_gpu_and_cpu_sample_the_same_pairs(tmp_path: Path):
     _, on_gpu = rollout_of(Job(0, 1, GPU), small(tmp_path / "gpu"))
     _, on_cpu = rollout_of(Job(0, 1, torch.device("cpu")), small(tmp_path / "cpu"))
-    assert torch.equal(on_gpu.xs[::2, 0].cpu(), on_cpu.xs[::2, 0]) or torch.allclose(on_gpu.xs[:, 0].cpu(), on_cpu.xs[:, 0], atol=1e-6)
+    assert torch.equal(on_gpu.xs[::2, 0].cpu(), on_cpu.xs[::2, 0]) or torch.allclose(
+        on_gpu.xs[:, 0].cpu(), on_cpu.xs[:, 0], atol=1e-6
+    )
     torch.testing.assert_close(on_gpu.final.cpu(), on_cpu.final, rtol=0, atol=2e-2)
 
 

@@ -14,8 +14,9 @@ from fdfo.checkpoint import find_checkpoint, save_checkpoint
 from fdfo.config import PRESETS, ChurnConfig, OptimConfig, SampleConfig, TrainConfig, UserError, config_from_json
 from fdfo.distributed import Job
 from fdfo.logger import RunLog
+from fdfo.preparation import Run, prepare
 from fdfo.rollout import encode_prompts, sample_share, score_share
-from fdfo.trainer import Run, prepare, train
+from fdfo.trainer import train
 from fdfo.update import LossScale, optimizer_step, step_samples
 
 TINY = PRESETS["tiny"]

@@ -29,9 +29,7 @@ def build_clip_tokenizer() -> CLIPTokenizer:
     specials = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     trainer = trainers.BpeTrainer(
         vocab_size=2000, end_of_word_suffix="</w>", initial_alphabet=alphabet, special_tokens=specials, show_progress=False
     )
@@ -124,9 +122,7 @@ def build_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 
 
 def build_scene_clip(tokenizer: CLIPTokenizer) -> tuple[CLIPModel, CLIPImageProcessor]:
-    vision = dict(
-        hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=8
-    )
+    vision = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=8)
     text = clip_text_config(tokenizer).to_dict()
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=CLIP_WIDTH))
     return model, CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL
 from transformers import CLIPProcessor, PreTrainedTokenizerBase
 
+from fdfo.hub import load_pipeline
 from fdfo.tiny import SCENE_CLIP, TEXT_TOKENS, TINY_MODEL
 from fdfo.tiny.architecture import build_clip_tokenizer, build_pipeline, build_scene_clip, build_vae
 from fdfo.tiny.scenes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, all_scenes, is_held_out, render
@@ -46,6 +47,8 @@ class PretrainConfig:
     """optimizer steps for the transformer and its text encoders"""
     flow_batch: int = 512
     """samples per optimizer step of the transformer"""
+    report_captions: int = 512
+    """held-out captions for the scores printed at the end"""
     seed: int = 0
     """seed of data, weights and noise"""
 
@@ -241,16 +244,18 @@ def train_flow(config: PretrainConfig, scenes: list[Scene], pixels: torch.Tensor
 
 
 @torch.no_grad()
-def report(config: PretrainConfig, device: torch.device, n: int = 512) -> None:
+def report(config: PretrainConfig, device: torch.device) -> None:
     """Prints the scene score of held-out captions: true renderings, reconstructions, and samples with and without guidance."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(config.out, torch_dtype=torch.float32).to(device)
+    pipe = load_pipeline(str(config.out), torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     rng = random.Random(5)
-    scenes = rng.sample([scene for scene in all_scenes() if is_held_out(scene.caption())], n)
+    scenes = rng.sample([scene for scene in all_scenes() if is_held_out(scene.caption())], config.report_captions)
     captions, scorer = [scene.caption() for scene in scenes], SceneScorer(device)
     truth = render(scenes, torch.Generator().manual_seed(1), device)
     decoded = pipe.vae.decode(pipe.vae.encode(2 * truth - 1).latent_dist.mean).sample / 2 + 0.5
-    print(f"true {scorer.score(captions, truth).mean():.2f}, autoencoder {scorer.score(captions, decoded.clamp(0, 1)).mean():.2f}")
+    print(
+        f"true {scorer.score(captions, truth).mean():.2f}, autoencoder {scorer.score(captions, decoded.clamp(0, 1)).mean():.2f}"
+    )
     for steps in (8, 10, 16):
         for guidance in (1.0, 2.0, 3.0):
             images = pipe(

@@ -1,0 +1,113 @@
+"""What a training run needs before its first epoch: everything checked and loaded, and only then a run folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fdfo.checkpoint import Checkpoint, check_resume, load_training_state, saved_config
+from fdfo.config import TrainConfig, UserError
+from fdfo.distributed import Job, check_device
+from fdfo.logger import RunLog, check_writable, create_run_folder, reopen_run_folder
+from fdfo.model import FlowModel
+from fdfo.plan import BatchPlan, plan_batches
+from fdfo.prompts import load_prompts
+from fdfo.update import LossScale, make_optimizer
+from rewards import Scorer, WeightedReward, build_scorer, check_scorer_name, reward_weights, training_label
+
+
+@dataclass
+class Run:
+    """Everything that a training run holds between epochs."""
+
+    folder: Path
+    log: RunLog
+    plan: BatchPlan
+    prompts: list[str]
+    model: FlowModel
+    reward: WeightedReward
+    optimizer: torch.optim.AdamW
+    scale: LossScale
+    epochs_done: int
+    samples_seen: int  # optimizer steps' samples so far; 0 before the first update
+    heldout: dict[str, Scorer]  # scorers of the comparison at the end
+
+
+def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
+    """Checks everything that can be checked, loads the models, and only then makes or reopens the run folder."""
+    check_device(config.precision, job.device)
+    plan = plan_batches(config, job.world_size)
+    weights = reward_weights(config.reward_preset, config.reward_specs)
+    prompts = load_prompts(config.prompt_set)
+    check_heldout(job, config)
+    resumed = checkpoint is not None and checkpoint.resumable
+    check_writable(checkpoint.run if resumed else config.runs_dir)
+    if resumed:
+        check_resume(config, saved_config(checkpoint))
+    model = load_model(job, config, checkpoint)
+    optimizer = make_optimizer(model, config)
+    epochs_done, scale, samples_seen = 0, LossScale.start(config.precision), 0
+    if resumed:
+        epochs_done, scale, samples_seen = load_training_state(checkpoint, model, optimizer)
+        if epochs_done >= config.num_epochs:
+            raise UserError(f"{checkpoint.run} has {epochs_done} epochs already: give a larger --num-epochs to go on.")
+    reward = build_reward(job, config, weights)
+    reward.check_prompts(prompts)
+    heldout = {name: build_scorer(name, job, config.vlm_model_name, config.vlm_use_fsdp) for name in heldout_metrics(config)}
+    folder = checkpoint.run if resumed else job.on_main(lambda: create_run_folder(config))
+    if resumed:
+        job.on_main(lambda: reopen_run_folder(folder, config, epochs_done))
+        job.print(f"resuming {folder} after epoch {epochs_done}")
+    elif checkpoint is not None:
+        job.print(f"{checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
+    log = RunLog(folder, config, epochs_done, job.is_main)
+    return Run(folder, log, plan, prompts, model, reward, optimizer, scale, epochs_done, samples_seen, heldout)
+
+
+def check_heldout(job: Job, config: TrainConfig) -> None:
+    """Raises UserError when the comparison at the end could not be made."""
+    for metric in heldout_metrics(config):
+        check_scorer_name(metric)
+    if config.heldout_prompt_set is None:
+        return
+    found = len(load_prompts(config.heldout_prompt_set))
+    if not job.world_size <= config.heldout_prompts <= found:
+        raise UserError(
+            f"--heldout-prompts is {config.heldout_prompts}: give a number from {job.world_size} (the processes) to {found} "
+            f"(the prompts in {config.heldout_prompt_set})."
+        )
+
+
+def heldout_metrics(config: TrainConfig) -> tuple[str, ...]:
+    return () if config.heldout_prompt_set is None else config.heldout_metrics
+
+
+def build_reward(job: Job, config: TrainConfig, weights: dict[str, float]) -> WeightedReward:
+    """The training reward; its scorers go by the names under which they are logged."""
+    scorers = {
+        training_label(name): build_scorer(name, job, config.vlm_model_name, config.vlm_use_fsdp, training=True)
+        for name in weights
+    }
+    return WeightedReward({training_label(name): weight for name, weight in weights.items()}, scorers)
+
+
+def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> FlowModel:
+    """The base model on its device, with a fresh adapter or the checkpoint's. Raises UserError where they do not fit."""
+    model = FlowModel(config.pretrained_model, config.precision, job.device)
+    model.latent_shape(config.sample.resolution)
+    if checkpoint is None:
+        model.add_lora(config.lora_rank, config.lora_alpha, config.seed)
+    else:
+        model.load_adapter(checkpoint.folder)
+        check_lora_numbers(model, config, checkpoint)
+    model.to_device(text_encoders=not config.memory_efficient)
+    return model
+
+
+def check_lora_numbers(model: FlowModel, config: TrainConfig, checkpoint: Checkpoint) -> None:
+    lora = model.peft.peft_config["default"]
+    if (lora.r, lora.lora_alpha) != (config.lora_rank, config.lora_alpha):
+        raise UserError(
+            f"The adapter in {checkpoint.folder} has rank {lora.r} and alpha {lora.lora_alpha}: give --lora-rank {lora.r} "
+            f"--lora-alpha {lora.lora_alpha}."
+        )

@@ -1,0 +1,106 @@
+"""The VLM judge on a small random Qwen2.5-VL with its real processor (METHOD.md 5)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, torchrun
+from PIL import Image
+from tiny_qwen import save_tiny_qwen
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from fdfo.config import UserError
+from fdfo.distributed import Job
+from rewards import build_scorer
+from rewards.vlm import METRIC_QUESTIONS, TRAINING_QUESTION, VlmScorer, question_for
+
+CAPTIONS = [
+    "a red circle",
+    'a sign that says "{prompt} {{ x }} {% raw %}" and {0}',
+    "two\nlines\tand a tab",
+    " ".join(["word"] * 300),
+    "a cat 🐈 on the moon 🌕",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+def by_hand(folder: Path, question: str, caption: str, image: torch.Tensor) -> float:
+    """One picture, one forward, as METHOD.md 5 writes it down."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    text = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+        + question.replace("{prompt}", caption)
+        + "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    if image.dtype == torch.uint8:
+        inputs = processor(text=[text], images=[Image.fromarray(image.permute(1, 2, 0).numpy())], return_tensors="pt")
+    else:
+        resized = F.interpolate(image[None], (504, 504), mode="bilinear", align_corners=False, antialias=False)[0]
+        inputs = processor(text=[text], images=[resized], return_tensors="pt", do_rescale=False, do_resize=False)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    yes, no = (processor.tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "No"))
+    return float(100 * torch.sigmoid(logits[yes] - logits[no]))
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["training", "metrics"])
+def test_a_batch_is_scored_like_one_picture_at_a_time(folder: Path, job: Job, quantised: bool):
+    images = torch.rand(len(CAPTIONS), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(images, (128, 128), mode="nearest")
+    images = (255 * images).round().to(torch.uint8) if quantised else images
+    question = question_for("vlm_alignment", training=not quantised)
+    scores = VlmScorer(str(folder), question, job).score(CAPTIONS, images)
+    expected = [by_hand(folder, question, caption, image) for caption, image in zip(CAPTIONS, images, strict=True)]
+    assert scores.dtype == torch.float32 and scores.std() > 0
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=0, atol=1e-3)
+
+
+def test_more_pictures_than_a_batch(folder: Path, job: Job):
+    images = torch.rand(18, 3, 56, 56)
+    scorer = VlmScorer(str(folder), TRAINING_QUESTION, job)
+    captions = [f"caption {i}" for i in range(18)]
+    torch.testing.assert_close(scorer.score(captions, images)[16:], scorer.score(captions[16:], images[16:]), rtol=0, atol=1e-3)
+
+
+def test_questions_are_those_of_the_method():
+    assert question_for("vlm_alignment", training=True) == 'Does this image match the caption "{prompt}"? Answer Yes or No.'
+    assert question_for("vlm_alignment", training=False).endswith("Answer with Yes or No.")
+    assert question_for("vlm_photo", training=True) == METRIC_QUESTIONS["vlm_photo"]
+
+
+def test_a_judge_that_cannot_be_had(job: Job, tmp_path: Path):
+    with pytest.raises(UserError, match="cannot be loaded"):
+        build_scorer("vlm_alignment", job, str(tmp_path))
+
+
+def test_training_with_the_judge(folder: Path, job: Job, tmp_path: Path):
+    """The combined preset's way: two scorers, one of them the VLM, in one run."""
+    import dataclasses
+    import json
+
+    from fdfo.config import PRESETS, SampleConfig
+    from fdfo.trainer import train
+
+    config = dataclasses.replace(
+        PRESETS["tiny"], sample=SampleConfig(num_solver_steps=2, resolution=64), total_pairs_per_epoch=3, num_epochs=1,
+        heldout_prompt_set=None, runs_dir=tmp_path, reward_specs=("scene_clip=1.0", "vlm_alignment=0.1"), vlm_model_name=str(folder),
+    )  # fmt: skip
+    run = train(job, config, None)
+    lines = [json.loads(line) for line in (run.folder / "training_log.jsonl").read_text().splitlines()]
+    assert set(lines[-1]["scores"]) == {"scene_clip", "vlm_alignment_train"}
+
+
+def test_a_sharded_judge_scores_unequal_numbers_of_pictures(folder: Path, tmp_path: Path):
+    out = tmp_path / "scores.pt"
+    done = torchrun(2, ROOT / "tests" / "fsdp_probe.py", folder, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = torch.load(out, weights_only=True)
+    assert [len(plain) for plain, _ in results] == [2, 20]
+    for plain, sharded in results:
+        torch.testing.assert_close(torch.tensor(sharded), torch.tensor(plain), rtol=0, atol=1e-3)
