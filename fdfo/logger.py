@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -76,7 +77,7 @@ class RunLog:
 
             mark = run / "wandb_id.txt"  # a resumed run goes on in its own W&B run
             if not mark.exists():
-                mark.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+                mark.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
             self.wandb = wandb.init(
                 project="fdfo", name=run.name, dir=run, config=config_to_dict(config), resume="allow", id=mark.read_text().strip()
             )

@@ -88,6 +88,11 @@ def test_a_mistake_leaves_no_traceback_and_exit_code_2():
     assert done.stderr.strip().splitlines()[-1].startswith("error: There is no prompt set")
 
 
+def test_weights_and_biases_is_not_imported_unasked():
+    code = "import sys, train, fdfo.trainer, fdfo.evaluation; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100).returncode == 0
+
+
 def test_generate_reads_the_run_and_flags_win(run_cli, run_folder: Path, tmp_path: Path):
     out = tmp_path / "grid.png"
     code, text, _ = run_cli("generate", "--checkpoint", run_folder, "--out", out, "--prompts", "a red circle on a white background",

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,6 @@ def test_run_folder_holds_what_it_should(job: Job, tmp_path: Path):
         assert {p.name for p in folder.iterdir()} == {
             "adapter_config.json", "adapter_model.safetensors", "training_state.json", "training_state.safetensors",
         }  # fmt: skip
-    assert "wandb" not in sys.modules
 
 
 def test_resume_is_exact_to_the_bit(job: Job, tmp_path: Path):
@@ -134,6 +132,20 @@ def test_the_log_is_strict_json(tmp_path: Path):
     log = RunLog(tmp_path, TINY, 0, main=True)
     log.write("step", 1, loss=float("nan"), scores={"scene": float("inf")}, grad_norm=1.5)
     assert log_of(tmp_path) == [{"kind": "step", "epoch": 1, "loss": None, "scores": {"scene": None}, "grad_norm": 1.5}]
+
+
+def test_weights_and_biases_goes_on_in_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The real client, offline: a run, and its resumption under the same id."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for epochs_done in (0, 1):
+        log = RunLog(tmp_path, dataclasses.replace(TINY, log_wandb=True), epochs_done, main=True)
+        log.write("epoch", epochs_done + 1, reward_mean=1.0, scores={"scene": 1.0})
+        ids.append(log.wandb.id)
+        log.close()
+    assert ids[0] == ids[1] == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert len(log_of(tmp_path)) == 2 and list(tmp_path.rglob("*.wandb"))
 
 
 def test_an_unfinished_checkpoint_is_never_taken(job: Job, tmp_path: Path):
