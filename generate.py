@@ -30,8 +30,7 @@ def main() -> None:
 def generate(config: GenerateConfig) -> None:
     """Draws the pictures and saves the sheet."""
     from fdfo.checkpoint import find_checkpoint, saved_config
-    from fdfo.evaluation import check_settings, draw_pictures, grid_sheet, picture_precision
-    from fdfo.model import FlowModel
+    from fdfo.evaluation import draw_pictures, grid_sheet, load_for_pictures
 
     checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
     plan = plan_pictures(config, saved_config(checkpoint) if checkpoint else None)
@@ -41,11 +40,7 @@ def generate(config: GenerateConfig) -> None:
     with start_job() as job:
         if job.world_size > 1:
             raise UserError("generate.py runs as one process: start it with python, not with torchrun.")
-        model = FlowModel(plan.model, picture_precision(plan, job.device), job.device)
-        check_settings(model, plan.pictures)
-        if checkpoint is not None:
-            model.load_adapter(checkpoint.folder)
-        model.to_device()
+        model = load_for_pictures(plan, checkpoint, job.device)
         repeated = [prompt for prompt in prompts for _ in range(config.grid_cols * config.grid_rows)]
         seeds = [config.seed + i for i in range(len(repeated))]
         print(f"{len(repeated)} pictures by {plan.model}, {plan.pictures}", flush=True)

@@ -41,24 +41,18 @@ def evaluate(job: Job, config: MetricsConfig) -> dict[str, list[float]]:
     if total < job.world_size:
         raise UserError(f"{total} pictures cannot feed {job.world_size} processes: start fewer.")
     from fdfo.checkpoint import find_checkpoint, saved_config
-    from fdfo.evaluation import check_settings, draw_pictures, gather, picture_precision
-    from fdfo.model import FlowModel
+    from fdfo.evaluation import draw_pictures, load_for_pictures
+    from fdfo.rollout import gather_scores
 
     checkpoint = job.on_main(lambda: find_checkpoint(config.checkpoint)) if config.checkpoint else None
     plan = plan_pictures(config, saved_config(checkpoint) if checkpoint else None)
-    model = FlowModel(plan.model, picture_precision(plan, job.device), job.device)
-    check_settings(model, plan.pictures)
-    if checkpoint is not None:
-        model.load_adapter(checkpoint.folder)
-    model.to_device()
+    model = load_for_pictures(plan, checkpoint, job.device)
     own = job.share(total)
     mine = [prompts[i // config.num_repeats] for i in own]
     job.print(f"{total} pictures by {plan.model}, {plan.pictures}")
     images = draw_pictures(model, mine, [config.image_seed + i for i in own], plan.pictures)
-    scores = {}
-    for metric in config.metrics:
-        scores[metric] = gather(job, build_scorer(metric, job, config.vlm_model), mine, images)
-    return scores
+    scores = {metric: build_scorer(metric, job, config.vlm_model).score(mine, images) for metric in config.metrics}
+    return gather_scores(job, scores)
 
 
 def main() -> None:

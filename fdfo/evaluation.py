@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from fdfo.checkpoint import Checkpoint
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.model import PICTURE_TEXT_LENGTH, FlowModel
 from fdfo.plan import PicturePlan, PictureSettings
 from fdfo.prompts import load_prompts
+from fdfo.rollout import gather_scores
 from rewards import Scorer
 
 HELDOUT_SEED = 100_000
@@ -78,18 +80,13 @@ def compare_with_base(
     with model.base():
         before = draw_pictures(model, mine, seeds, settings)
     after = draw_pictures(model, mine, seeds, settings)
-    results = []
-    for metric, scorer in scorers.items():
-        both = [gather(job, scorer, mine, images) for images in (before, after)]
-        results.append(compare(metric, *both))
+    both = [
+        gather_scores(job, {metric: scorer.score(mine, images) for metric, scorer in scorers.items()})
+        for images in (before, after)
+    ]
     if job.is_main:
         before_after_sheet(mine[:6], before[:6], after[:6]).save(folder / "before_after.png")
-    return results
-
-
-def gather(job: Job, scorer: Scorer, prompts: list[str], images: torch.Tensor) -> list[float]:
-    """Scores of all ranks' pictures, in global order, on every rank."""
-    return [value for part in job.gather_objects(scorer.score(prompts, images).tolist()) for value in part]
+    return [compare(metric, both[0][metric], both[1][metric]) for metric in scorers]
 
 
 def to_image(picture: torch.Tensor, size: int | None = None) -> Image.Image:
@@ -119,6 +116,16 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 def picture_precision(plan: PicturePlan, device: torch.device) -> str:
     """bfloat16 on a GPU, as published (METHOD.md 5); float32 on a CPU and for models trained in float32."""
     return "bf16" if plan.half_precision and device.type == "cuda" else "fp32"
+
+
+def load_for_pictures(plan: PicturePlan, checkpoint: Checkpoint | None, device: torch.device) -> FlowModel:
+    """The plan's base model on the device, with the checkpoint's adapter where there is one. Raises UserError."""
+    model = FlowModel(plan.model, picture_precision(plan, device), device)
+    check_settings(model, plan.pictures)
+    if checkpoint is not None:
+        model.load_adapter(checkpoint.folder)
+    model.to_device()
+    return model
 
 
 def check_settings(model: FlowModel, settings: PictureSettings) -> None:

@@ -111,14 +111,18 @@ def score_share(rollout: Rollout, images: torch.Tensor, reward: WeightedReward) 
     prompts = [prompt for prompt in rollout.prompts for _ in range(2)]
     scores = reward.score(prompts, images)
     total = reward.total(scores)
-    finite = total.isfinite() & rollout.final.isfinite().flatten(1).all(1)
-    finite = finite.view(-1, 2).all(1).repeat_interleave(2)  # a pair stands or falls as one
-    broken = ~rollout.final.isfinite().flatten(1).all(1).view(-1, 2).all(1).repeat_interleave(2)
+    whole = both_branches(rollout.final.isfinite().flatten(1).all(1))
+    finite = whole & both_branches(total.isfinite())
     for tensor in (rollout.xs, rollout.velocities, rollout.final):
-        tensor[broken] = 0
+        tensor[~whole] = 0
     dR = torch.where(finite, pair_deviation(total), torch.zeros_like(total))
     dx = torch.where(finite[:, None, None, None], pair_deviation(rollout.final), torch.zeros_like(rollout.final))
     return Differences(dx, dR, total, scores, ~finite)
+
+
+def both_branches(true: torch.Tensor) -> torch.Tensor:
+    """A pair stands or falls as one: [2P] bool -> [2P] bool, true where it is true of both branches."""
+    return true.view(-1, 2).all(1).repeat_interleave(2)
 
 
 def check_first_scores(scores: dict[str, list[float]]) -> None:
