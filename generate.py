@@ -8,6 +8,8 @@ python generate.py --checkpoint https://huggingface.co/OWNER/NAME/tree/REVISION/
 import os
 import sys
 
+import torch
+
 from fdfo.command_line import parse_generate_config
 from fdfo.config import GenerateConfig, UserError
 from fdfo.distributed import exit_on_user_error, start_job
@@ -22,29 +24,31 @@ def main() -> None:
     folder = config.out.absolute().parent
     if not folder.is_dir() or config.out.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"There is no folder {folder}, or {config.out} cannot be written there: give another --out.")
-    if config.prompt_file:
-        load_prompts(config.prompt_file)
     generate(config)
 
 
 def generate(config: GenerateConfig) -> None:
     """Draws the pictures and saves the sheet."""
-    from fdfo.checkpoint import find_checkpoint, saved_config
-    from fdfo.evaluation import draw_pictures, grid_sheet, load_for_pictures
+    from fdfo.checkpoint import find_checkpoint, guidance_warning, saved_config, trained_guidance
+    from fdfo.hub import fetch_prompt_set
+    from fdfo.pictures import draw_pictures, encode_for_pictures, load_for_pictures
+    from fdfo.sheets import grid_sheet
 
+    file_prompts = load_prompts(fetch_prompt_set(config.prompt_file)) if config.prompt_file else []
     checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
     plan = plan_pictures(config, saved_config(checkpoint) if checkpoint else None)
-    prompts = list(config.prompts) or load_prompts(config.prompt_file or plan.prompt_set)
-    if not config.prompts and not config.prompt_file:
-        prompts = prompts[:15]
+    prompts = list(config.prompts) or file_prompts or load_prompts(plan.prompt_set)[:15]
     with start_job() as job:
         if job.world_size > 1:
             raise UserError("generate.py runs as one process: start it with python, not with torchrun.")
-        model = load_for_pictures(plan, checkpoint, job.device)
-        repeated = [prompt for prompt in prompts for _ in range(config.grid_cols * config.grid_rows)]
-        seeds = [config.seed + i for i in range(len(repeated))]
-        print(f"{len(repeated)} pictures by {plan.model}, {plan.pictures}", flush=True)
-        pictures = draw_pictures(model, repeated, seeds, plan.pictures)
+        model = load_for_pictures(plan, checkpoint.folder if checkpoint else None, job.device)
+        rows = [row for row in range(len(prompts)) for _ in range(config.grid_cols * config.grid_rows)]
+        seeds = [config.seed + i for i in range(len(rows))]
+        print(f"{len(rows)} pictures by {plan.model}, {plan.pictures}", flush=True)
+        if checkpoint and (warning := guidance_warning(checkpoint, trained_guidance(checkpoint), plan.pictures.guidance)):
+            print(warning, flush=True)
+        text = encode_for_pictures(model, prompts)
+        pictures = torch.cat(list(draw_pictures(model, text, rows, seeds, plan.pictures)))
     sheet = grid_sheet(prompts, pictures, config.columns, config.grid_cols, config.grid_rows)
     try:
         sheet.save(config.out)

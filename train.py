@@ -35,7 +35,7 @@ def main() -> None:
 
 def train_and_compare(job: Job, config: TrainConfig, checkpoint: "Checkpoint | None") -> None:
     """Trains, says where everything is, and compares base and adapter where there are held-out prompts."""
-    from fdfo.evaluation import compare_with_base
+    from fdfo.comparison import compare_with_base
     from fdfo.trainer import train
 
     run = train(job, config, checkpoint)

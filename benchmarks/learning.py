@@ -19,13 +19,14 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from fdfo.comparison import HELDOUT_SEED  # noqa: E402
 from fdfo.config import PRESETS  # noqa: E402
-from fdfo.evaluation import HELDOUT_SEED, draw_pictures  # noqa: E402
 from fdfo.model import FlowModel  # noqa: E402
+from fdfo.pictures import draw_pictures, encode_for_pictures  # noqa: E402
 from fdfo.plan import PictureSettings  # noqa: E402
 from fdfo.prompts import load_prompts  # noqa: E402
 from fdfo.tiny.scenes import parse_caption, render  # noqa: E402
-from rewards.clip import ClipScorer  # noqa: E402
+from rewards.clip import CLIP_MODELS, ClipScorer  # noqa: E402
 from rewards.scene import SceneScorer  # noqa: E402
 
 
@@ -49,14 +50,17 @@ def references(device: torch.device) -> dict[str, dict[str, float]]:
     """Held-out scores of the base without and with guidance 3, and of true renderings."""
     sample = PRESETS["tiny"].sample
     prompts = load_prompts("tiny_heldout")[: PRESETS["tiny"].heldout_prompts]
-    scorers = {"scene": SceneScorer(device), "scene_clip": ClipScorer("scene_clip", device)}
+    scorers = {"scene": SceneScorer(device), "scene_clip": ClipScorer(*CLIP_MODELS["scene_clip"], device)}
     model = FlowModel("tiny", "fp32", device)
     model.to_device()
+    text = encode_for_pictures(model, prompts)
     pictures = {"true renderings": render([parse_caption(p) for p in prompts], torch.Generator().manual_seed(0))}
     for guidance in (1.0, 3.0):
         settings = PictureSettings(sample.resolution, sample.resolution, sample.num_solver_steps, guidance, 32)
         seeds = [HELDOUT_SEED + i for i in range(len(prompts))]
-        pictures[f"base, guidance {guidance:g}"] = draw_pictures(model, prompts, seeds, settings)
+        pictures[f"base, guidance {guidance:g}"] = torch.cat(
+            list(draw_pictures(model, text, range(len(prompts)), seeds, settings))
+        )
     return {name: {m: float(s.score(prompts, p).mean()) for m, s in scorers.items()} for name, p in pictures.items()}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fdfo.hub import ADAPTER, check_adapter_files, download_folder
 from fdfo.model import FlowModel
 from fdfo.update import LossScale
 
+CFG_IN_NAME = re.compile(r"(no-cfg|cfg[-_](\d+)[.p](\d+))(?=[/_-]|$)")
 STATE, TENSORS = "training_state.json", "training_state.safetensors"
 FIXED_ON_RESUME = (
     "seed", "vlm_model_name", "lora_rank", "lora_alpha", "pretrained_model", "prompt_set", "total_pairs_per_epoch", "gradient_steps_per_epoch",
@@ -29,6 +31,14 @@ class Checkpoint:
 
     folder: Path
     run: Path | None  # the run folder, with a config.json
+
+    @property
+    def run_name(self) -> str:
+        return self.run.name if self.run is not None else self.folder.resolve().parent.name
+
+    @property
+    def label(self) -> str:
+        return f"{self.run_name}/{self.folder.name}"
 
     @property
     def resumable(self) -> bool:
@@ -47,19 +57,19 @@ def find_checkpoint(text: str) -> Checkpoint:
     else:
         folder = Path(text)
         if (folder / "checkpoints").is_dir():
-            folder = latest_checkpoint(folder)
+            folder = run_checkpoints(folder)[-1]
     check_adapter_files(folder, text)
     parent = folder.resolve().parent
     in_run = not hub and parent.name == "checkpoints" and (parent.parent / "config.json").is_file()
     return Checkpoint(folder, parent.parent if in_run else None)
 
 
-def latest_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint of a run folder. Raises UserError when there is none."""
+def run_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first. Raises UserError when there is none."""
     complete = sorted(p for p in (run / "checkpoints").glob("epoch-*") if (p / STATE).is_file())
     if not complete:
         raise UserError(f"{run} holds no complete checkpoint yet: start the run anew, or give another folder.")
-    return complete[-1]
+    return complete
 
 
 def saved_config(checkpoint: Checkpoint) -> TrainConfig | None:
@@ -71,6 +81,26 @@ def saved_config(checkpoint: Checkpoint) -> TrainConfig | None:
         return config_from_json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a run's config.json: restore the file or start a new run.") from error
+
+
+def trained_guidance(checkpoint: Checkpoint) -> float | None:
+    """The guidance an adapter was trained with, by its run's config, or as published folders name it: ...-no-cfg, ...-cfg-4.5."""
+    saved = saved_config(checkpoint)
+    if saved is not None:
+        return saved.sample.guidance_scale
+    if not (match := CFG_IN_NAME.search(checkpoint.label)):
+        return None
+    return 1.0 if match[1] == "no-cfg" else float(f"{match[2]}.{match[3]}")
+
+
+def guidance_warning(checkpoint: Checkpoint, trained: float | None, used: float) -> str | None:
+    """METHOD.md 5: an adapter trained with guidance w is sampled with w."""
+    if trained is None or trained == used:
+        return None
+    return (
+        f"warning: {checkpoint.label} was trained with guidance {trained:g} and is drawn with {used:g}: "
+        f"--guidance-scale {trained:g} suits it"
+    )
 
 
 def check_resume(config: TrainConfig, saved: TrainConfig) -> None:

@@ -83,6 +83,23 @@ def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsCon
         raise UserError("--metrics names no scorer: give one or more, such as --metrics pickscore.")
     if min(config.num_prompts, config.num_repeats, config.batch_size) < 1:
         raise UserError("--num-prompts, --num-repeats and --batch-size must be 1 or more.")
+    if config.per_prompt and config.out is None:
+        raise UserError("--per-prompt goes into the JSON file: add --out.")
+    if config.images is not None:
+        check_no_drawing(config)
     if not 0 <= config.prompt_seed < 2**32 or not 0 <= config.image_seed < 2**62:
         raise UserError("--prompt-seed must lie in 0 to 2^32 - 1, --image-seed in 0 to 2^62 - 1.")
     return config
+
+
+DRAWING_FIELDS = (
+    "checkpoint", "preset", "pretrained_model", "num_prompts", "num_repeats", "save_images", "prompt_seed", "image_seed",
+    "width", "height", "num_inference_steps", "guidance_scale", "batch_size",
+)  # fmt: skip
+
+
+def check_no_drawing(config: MetricsConfig) -> None:
+    """Raises UserError for flags that say how to draw, where the pictures are there already."""
+    for name in DRAWING_FIELDS:
+        if getattr(config, name) != MetricsConfig.__dataclass_fields__[name].default:
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --images, which scores what is there: leave it out.")

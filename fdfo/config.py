@@ -92,7 +92,7 @@ class TrainConfig:
     vlm_model_name: str = "qwenvl-7b"
     """judge of the vlm rewards: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""
     vlm_use_fsdp: bool = True
-    """shard the judge over the GPUs of the job"""
+    """shard the judge over the GPUs of the job where one has no room for it"""
     memory_efficient: bool = True
     """text encoders leave the GPU while nothing is encoded"""
     pretrained_model: str = SD35_MEDIUM
@@ -159,16 +159,21 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Score the pictures that a checkpoint, or the base model, draws for a prompt set."""
+    """Score the pictures that checkpoints, or the base model, draw for a prompt set; or pictures that are there already."""
 
     metrics: tuple[str, ...]
-    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, scene, scene_clip"""
-    checkpoint: str | None = None
-    """checkpoint folder, run folder, hub URL or hf:OWNER/NAME/FOLDER; the base model if left out"""
+    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, dreamsim_diversity, scene,
+    scene_clip; vlm_..._train asks as training does; MODULE:CLASS is one of your own"""
+    checkpoint: tuple[str, ...] = ()
+    """one or more of: checkpoint folder, run folder (all its checkpoints), hub URL, hf:OWNER/NAME/FOLDER, or the word base; the
+    base model if left out"""
     preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
     """base model and picture settings where neither the checkpoint's run nor a flag gives them"""
     pretrained_model: str | None = None
     """hub id or folder of the base model, or tiny"""
+    images: Path | None = None
+    """score the pictures of this folder instead of drawing any. Each entry, a picture or a sub-folder of pictures, is one
+    prompt: by its number in the prompt set, from 0 (000012.png, 000012/1.png), or named as the prompt itself (a red fox.png)"""
     prompt_set: str = "pickscore_train"
     """name in prompt_sets/ or a text file, one prompt a line"""
     num_prompts: int = 500
@@ -176,7 +181,11 @@ class MetricsConfig:
     num_repeats: int = 1
     """pictures a prompt"""
     out: Path | None = None
-    """JSON file for the results"""
+    """JSON file for the results; several checkpoints give a plot beside it"""
+    per_prompt: bool = False
+    """write the scores of every prompt into the JSON file too"""
+    save_images: Path | None = None
+    """new folder that keeps the pictures that were scored"""
     prompt_seed: int = 0
     """seed of the prompts' order"""
     image_seed: int = 0
@@ -193,6 +202,8 @@ class MetricsConfig:
     """pictures drawn at a time"""
     vlm_model: str = "qwenvl-7b"
     """judge of the vlm metrics: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""
+    vlm_use_fsdp: bool = True
+    """shard the judge over the GPUs of the job where one has no room for it"""
 
 
 PRESETS = {

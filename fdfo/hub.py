@@ -1,6 +1,7 @@
 """What comes from the hub or a folder: pipelines and adapter folders, and the ways in which they cannot be had."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -11,22 +12,25 @@ import httpx
 import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from fdfo.config import UserError
+from fdfo.prompts import PROMPT_SETS
 from fdfo.tiny import TINY_MODEL
 
 BUNDLED_MODELS = {"tiny": TINY_MODEL}
 ADAPTER = "adapter_model.safetensors"
+HPDV2 = "zhwang/HPDv2"
+HPDV2_STYLES, HPDV2_SIZE = ("anime", "concept-art", "paintings", "photo"), 3200
 HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/tree/([\w.-]+)/([\w./-]+?)/?")
 HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+?)/?")
+diffusers.utils.logging.disable_progress_bar()  # a bar for every part of every model, on every rank
+transformers.utils.logging.disable_progress_bar()
 
 
 def load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """StableDiffusion3Pipeline from a hub id, a folder or the bundled "tiny", on the CPU. Raises UserError when it cannot be had."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     argument = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 42) else "torch_dtype"
     with hub_errors(name):
         return StableDiffusion3Pipeline.from_pretrained(str(BUNDLED_MODELS.get(name, name)), **{argument: dtype})
@@ -77,3 +81,27 @@ def download_folder(text: str) -> Path:
     with hub_errors(repository):
         root = snapshot_download(repository, revision=revision, allow_patterns=[f"{folder}/*"])
     return Path(root) / folder
+
+
+def fetch_prompt_set(name: str) -> str:
+    """Fetches hpdv2 into prompt_sets/ on its first use, whole or not at all; returns the name. Raises UserError."""
+    path = PROMPT_SETS / "hpdv2.txt"
+    if name != "hpdv2" or path.is_file():
+        return name
+    prompts = []
+    with hub_errors(f"The prompt set hpdv2 (hub dataset {HPDV2})"):
+        for style in HPDV2_STYLES:
+            file = hf_hub_download(HPDV2, f"benchmark/{style}.json", repo_type="dataset")
+            part = json.loads(Path(file).read_text(encoding="utf-8"))
+            if not isinstance(part, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in part):
+                raise ValueError(f"benchmark/{style}.json is not a list of prompts")
+            prompts += [" ".join(prompt.splitlines()) for prompt in part]  # a line is a prompt
+        if len(prompts) != HPDV2_SIZE:
+            raise ValueError(f"it has {len(prompts)} prompts, {HPDV2_SIZE} were published")
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): make the folder writable.") from error
+    return name

@@ -10,10 +10,15 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 from fdfo.config import TrainConfig, UserError, config_to_dict, config_to_json
+from fdfo.distributed import Job
+
+T = TypeVar("T")
 
 
 def check_writable(runs_dir: Path) -> None:
@@ -101,6 +106,8 @@ def as_json(value: object) -> object:
     """The value with null for numbers that are not finite, which JSON does not know."""
     if isinstance(value, dict):
         return {name: as_json(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -118,10 +125,24 @@ class StageClock:
             torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def each(self, name: str, items: Iterator[T]) -> Iterator[T]:
+        """The items, with the time that it takes to get each of them."""
+        while True:
+            with self.stage(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
     def read(self) -> dict[str, float]:
         """Seconds by stage, rounded to milliseconds; the clock starts again from 0."""
         seconds, self.seconds = self.seconds, {}
         return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def progress_bar(job: Job, total: int, what: str) -> tqdm:
+    """Rank 0's share of the work with the time left; nothing where the output is no terminal."""
+    return tqdm(total=total, desc=what, unit="picture", disable=None if job.is_main else True)
 
 
 def versions() -> dict[str, str]:

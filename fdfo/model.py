@@ -29,8 +29,11 @@ class TextEmbeddings:
     tokens: torch.Tensor  # [N, L, D], CLIP's tokens, then T5's
     pooled: torch.Tensor  # [N, D']
 
-    def rows(self, index: torch.Tensor | slice) -> "TextEmbeddings":
+    def rows(self, index: torch.Tensor | slice | list[int]) -> "TextEmbeddings":
         return TextEmbeddings(self.tokens[index], self.pooled[index])
+
+    def to(self, device: torch.device) -> "TextEmbeddings":
+        return TextEmbeddings(self.tokens.to(device), self.pooled.to(device))
 
 
 class FlowModel:
@@ -65,8 +68,9 @@ class FlowModel:
             self._attach(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=self.lora_targets()))
 
     def load_adapter(self, folder: Path) -> None:
-        """The PEFT adapter that lies in a folder, onto a model that has none. Raises UserError if it does not fit this transformer."""
+        """The PEFT adapter that lies in a folder, in place of any other. Raises UserError if it does not fit this transformer."""
         config = read_adapter_config(folder)
+        self.remove_adapter()
         self._attach(config)
         try:
             state = load_file(folder / ADAPTER)
@@ -78,6 +82,11 @@ class FlowModel:
         if result.unexpected_keys or missing:
             strange = (result.unexpected_keys + missing)[0]
             raise UserError(f"The adapter in {folder} does not fit {self.name} (at {strange}): give its own base model.")
+
+    def remove_adapter(self) -> None:
+        """Back to the base model."""
+        if self.peft is not None:
+            self.pipe.transformer, self.peft = self.peft.unload(), None
 
     def lora_targets(self) -> list[str]:
         """Full names of the joint attention's linear layers; the last block has no to_add_out, attn2 is not adapted."""
@@ -135,6 +144,10 @@ class FlowModel:
     def move_text_encoders(self, device: torch.device) -> None:
         for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
             encoder.to(device)
+
+    def drop_text_encoders(self) -> None:
+        """Frees their memory once every prompt is encoded."""
+        self.pipe.register_modules(text_encoder=None, text_encoder_2=None, text_encoder_3=None)
 
     # -- text, velocity, pictures
 

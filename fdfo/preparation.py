@@ -8,12 +8,13 @@ import torch
 from fdfo.checkpoint import Checkpoint, check_resume, load_training_state, saved_config
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job, check_device
+from fdfo.hub import fetch_prompt_set
 from fdfo.logger import RunLog, check_writable, create_run_folder, reopen_run_folder
 from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_batches
 from fdfo.prompts import load_prompts
 from fdfo.update import LossScale, make_optimizer
-from rewards import Scorer, WeightedReward, build_scorer, check_scorer_name, reward_weights, training_label
+from rewards import SET_SCORERS, Scorer, WeightedReward, build_scorers, check_prompts, check_scorer_name, reward_weights
 
 
 @dataclass
@@ -38,7 +39,7 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run
     check_device(config.precision, job.device)
     plan = plan_batches(config, job.world_size)
     weights = reward_weights(config.reward_preset, config.reward_specs)
-    prompts = load_prompts(config.prompt_set)
+    prompts = job.on_main(lambda: load_prompts(fetch_prompt_set(config.prompt_set)))
     check_heldout(job, config)
     resumed = checkpoint is not None and checkpoint.resumable
     check_writable(checkpoint.run if resumed else config.runs_dir)
@@ -51,9 +52,10 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run
         epochs_done, scale, samples_seen = load_training_state(checkpoint, model, optimizer)
         if epochs_done >= config.num_epochs:
             raise UserError(f"{checkpoint.run} has {epochs_done} epochs already: give a larger --num-epochs to go on.")
-    reward = build_reward(job, config, weights)
-    reward.check_prompts(prompts)
-    heldout = {name: build_scorer(name, job, config.vlm_model_name, config.vlm_use_fsdp) for name in heldout_metrics(config)}
+    scorers = build_scorers({*weights, *heldout_metrics(config)}, job, config.vlm_model_name, config.vlm_use_fsdp)
+    reward = WeightedReward(weights, {name: scorers[name] for name in weights})
+    check_prompts(reward.scorers, prompts)
+    heldout = {name: scorers[name] for name in heldout_metrics(config)}
     folder = checkpoint.run if resumed else job.on_main(lambda: create_run_folder(config))
     if resumed:
         job.on_main(lambda: reopen_run_folder(folder, config, epochs_done))
@@ -68,9 +70,11 @@ def check_heldout(job: Job, config: TrainConfig) -> None:
     """Raises UserError when the comparison at the end could not be made."""
     for metric in heldout_metrics(config):
         check_scorer_name(metric)
+        if metric in SET_SCORERS:
+            raise UserError(f"The comparison draws one picture a prompt and {metric} needs two: leave it out and use metrics.py.")
     if config.heldout_prompt_set is None:
         return
-    found = len(load_prompts(config.heldout_prompt_set))
+    found = len(job.on_main(lambda: load_prompts(fetch_prompt_set(config.heldout_prompt_set))))
     if not job.world_size <= config.heldout_prompts <= found:
         raise UserError(
             f"--heldout-prompts is {config.heldout_prompts}: give a number from {job.world_size} (the processes) to {found} "
@@ -80,15 +84,6 @@ def check_heldout(job: Job, config: TrainConfig) -> None:
 
 def heldout_metrics(config: TrainConfig) -> tuple[str, ...]:
     return () if config.heldout_prompt_set is None else config.heldout_metrics
-
-
-def build_reward(job: Job, config: TrainConfig, weights: dict[str, float]) -> WeightedReward:
-    """The training reward; its scorers go by the names under which they are logged."""
-    scorers = {
-        training_label(name): build_scorer(name, job, config.vlm_model_name, config.vlm_use_fsdp, training=True)
-        for name in weights
-    }
-    return WeightedReward({training_label(name): weight for name, weight in weights.items()}, scorers)
 
 
 def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> FlowModel:

@@ -1,5 +1,7 @@
 """Prompt sets, and which prompt belongs to which pair."""
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +13,48 @@ PICKSCORE_COMMAND = (
     "curl -L -o prompt_sets/pickscore_train.txt https://raw.githubusercontent.com/yifan123/flow_grpo/"
     "9745241cf1101407e9b518dd4f10498092150522/dataset/pickscore/train.txt"
 )
+PUBLISHED_SHA256 = {"pickscore_train": "2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f"}
 
 
 def load_prompts(name: str) -> list[str]:
     """The prompts of a set in prompt_sets/, or of a text file with one prompt a line; blank lines are left out.
 
-    Raises UserError when there is no such set or file, or nothing in it.
+    Raises UserError when there is no such set or file, nothing in it, or something else than was published.
     """
-    path = PROMPT_SETS / f"{name}.txt"
-    if "/" in name or name.endswith(".txt"):
-        path = Path(name)
+    path = Path(name) if "/" in name or name.endswith(".txt") else PROMPT_SETS / f"{name}.txt"
     if not path.is_file():
         if name == "pickscore_train":
             raise UserError(f"The prompt set pickscore_train is not here yet: fetch it with\n  {PICKSCORE_COMMAND}")
-        known = ", ".join(sorted(p.stem for p in PROMPT_SETS.glob("*.txt")))
+        known = ", ".join(sorted({p.stem for p in PROMPT_SETS.glob("*.txt")} | {"hpdv2", "pickscore_train"}))
         raise UserError(f"There is no prompt set {name!r}: give a text file with one prompt a line, or one of {known}.")
+    content = path.read_bytes()
+    if name in PUBLISHED_SHA256 and hashlib.sha256(content).hexdigest() != PUBLISHED_SHA256[name]:
+        raise UserError(f"{path} is not the published file (its SHA-256 differs): fetch it again with\n  {PICKSCORE_COMMAND}")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a prompt
+        lines = content.decode("utf-8").split("\n")  # no other character ends a prompt
     except UnicodeDecodeError as error:
         raise UserError(f"The prompt file {path} is not UTF-8 text: save it as UTF-8.") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"The prompt file {path} has no prompts: write one prompt a line.")
     return prompts
+
+
+@dataclass(frozen=True)
+class ChosenPrompt:
+    """A prompt to evaluate on, and its number among the set's prompts, from 0."""
+
+    number: int
+    text: str
+
+
+def choose_prompts(prompts: list[str], count: int, seed: int) -> list[ChosenPrompt]:
+    """The first `count` of the set, shuffled (METHOD.md 5). Raises UserError when the set is smaller."""
+    if count > len(prompts):
+        raise UserError(f"The prompt set has {len(prompts)} prompts: lower --num-prompts to that or less.")
+    order = np.arange(len(prompts))
+    np.random.RandomState(seed).shuffle(order)
+    return [ChosenPrompt(int(number), prompts[number]) for number in order[:count]]
 
 
 def epoch_prompts(prompts: list[str], epoch: int, pairs: int, seed: int) -> list[str]:

@@ -14,13 +14,21 @@ from fdfo.preparation import Run, prepare
 from fdfo.prompts import epoch_prompts
 from fdfo.rollout import Differences, check_first_scores, encode_prompts, gather_scores, sample_share, score_share
 from fdfo.update import StepStats, optimizer_step, step_samples
+from rewards import describe
 
 
 def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
     """Trains to config.num_epochs epochs, from the start or from a checkpoint, and returns the finished run."""
     run = prepare(job, config, checkpoint)
     log, clock = run.log, StageClock(job.device)
-    log.write("start", run.epochs_done, versions=versions(), processes=job.world_size, device=str(job.device))
+    log.write(
+        "start",
+        run.epochs_done,
+        versions=versions(),
+        processes=job.world_size,
+        device=str(job.device),
+        scorers=describe(run.reward.scorers),
+    )
     announce(job, config, run)
     pairs = job.share(config.total_pairs_per_epoch)
     model, start = run.model, run.epochs_done

@@ -1,12 +1,16 @@
 """Rewards: scorers, presets and the weighted sum (METHOD.md 3 and 5).
 
 A scorer is an object with `score(prompts: list[str], images: Tensor [N, 3, H, W] float in [0, 1] or uint8) -> Tensor [N]
-float32`. It may have `check_prompts(prompts: list[str])`, which raises UserError for prompts that it cannot judge. Training
-and evaluation use the same classes; training hands over floats, evaluation uint8.
+float32`. It may have `check_prompts(prompts: list[str])`, which raises UserError for prompts that it cannot judge, and
+`description`, a text for the log. Training and evaluation use the same classes; training hands over floats, evaluation uint8.
+
+A set scorer compares the pictures of one prompt with each other. It has `score_sets(images: Tensor [N, 3, H, W] uint8,
+counts: list[int]) -> Tensor [P] float32`, one number a prompt, and is a metric only.
 """
 
 import importlib
 import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -16,7 +20,9 @@ from fdfo.distributed import Job
 
 CLIP_SCORERS = ("pickscore", "hpsv2", "clip_h14", "clip_l14", "scene_clip")
 VLM_SCORERS = ("vlm_alignment", "vlm_quality", "vlm_photo")
-SCORERS = (*CLIP_SCORERS, *VLM_SCORERS, "scene")
+VLM_TRAINING_SCORERS = tuple(f"{name}_train" for name in VLM_SCORERS)  # question and pictures as training has them
+SET_SCORERS = ("dreamsim_diversity",)
+SCORERS = (*CLIP_SCORERS, *VLM_SCORERS, *VLM_TRAINING_SCORERS, "scene", *SET_SCORERS)
 REWARD_PRESETS = {
     "pickscore": {"pickscore": 1.0},
     "vlm_alignment": {"vlm_alignment": 1.0},
@@ -29,25 +35,40 @@ class Scorer(Protocol):
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor: ...
 
 
+class SetScorer(Protocol):
+    def score_sets(self, images: torch.Tensor, counts: list[int]) -> torch.Tensor: ...
+
+
 def reward_weights(preset: str, specs: tuple[str, ...]) -> dict[str, float]:
-    """Scorer names and weights of a preset, or of NAME=WEIGHT specs where there are any. Raises UserError for bad ones."""
-    if not specs:
-        if preset not in REWARD_PRESETS:
-            raise UserError(f"There is no reward preset {preset!r}: use one of {', '.join(REWARD_PRESETS)}, or --reward-specs.")
-        return dict(REWARD_PRESETS[preset])
+    """Scorers and weights of a preset, or of NAME=WEIGHT specs where there are any. Raises UserError for bad ones.
+
+    The VLM's scorers come out under the names of their training way, whose values differ from the metrics' (METHOD.md 5).
+    """
+    if not specs and preset not in REWARD_PRESETS:
+        raise UserError(f"There is no reward preset {preset!r}: use one of {', '.join(REWARD_PRESETS)}, or --reward-specs.")
+    pairs = [parse_spec(spec) for spec in specs] or REWARD_PRESETS[preset].items()
     weights: dict[str, float] = {}
-    for spec in specs:
-        name, _, weight = spec.rpartition("=")
-        if name in weights:
+    for name, weight in pairs:
+        label = f"{name}_train" if name in VLM_SCORERS else name
+        if label in weights:
             raise UserError(f"The reward {name} is given twice: add its weights up.")
-        try:
-            weights[name] = float(weight)
-        except ValueError as error:
-            raise UserError(f"The reward {spec!r} is not NAME=WEIGHT: write pickscore=1.0, for example.") from error
-        if not math.isfinite(weights[name]):
-            raise UserError(f"The weight of the reward {spec!r} is not a finite number: write pickscore=1.0, for example.")
-        check_scorer_name(name)
+        weights[label] = weight
     return weights
+
+
+def parse_spec(spec: str) -> tuple[str, float]:
+    """NAME=WEIGHT -> name and weight. Raises UserError unless the scorer exists and the weight is a number."""
+    name, _, text = spec.rpartition("=")
+    try:
+        weight = float(text)
+    except ValueError as error:
+        raise UserError(f"The reward {spec!r} is not NAME=WEIGHT: write pickscore=1.0, for example.") from error
+    if not math.isfinite(weight):
+        raise UserError(f"The weight of the reward {spec!r} is not a finite number: write pickscore=1.0, for example.")
+    check_scorer_name(name)
+    if name in SET_SCORERS:
+        raise UserError(f"{name} compares the pictures of one prompt, so it is a metric and no reward: leave it out.")
+    return name, weight
 
 
 def check_scorer_name(name: str) -> None:
@@ -68,28 +89,60 @@ def _own_class(name: str) -> type:
         ) from error
 
 
-def build_scorer(name: str, job: Job, vlm_model: str = "qwenvl-7b", vlm_use_fsdp: bool = False, training: bool = False) -> Scorer:
-    """The scorer of a name on the job's device. training picks the training question of the VLM (METHOD.md 5)."""
+def build_scorers(
+    names: Iterable[str], job: Job, vlm_model: str = "qwenvl-7b", vlm_use_fsdp: bool = False
+) -> dict[str, Scorer | SetScorer]:
+    """The scorers of these names on the job's device; the VLM is loaded once for all its questions. Raises UserError."""
+    scorers, vlm = {}, None
+    for name in names:
+        if name in (*VLM_SCORERS, *VLM_TRAINING_SCORERS):
+            from rewards.vlm import QUESTIONS, Vlm, VlmScorer
+
+            vlm = vlm or Vlm(vlm_model, job, vlm_use_fsdp)
+            way = "training" if name in VLM_TRAINING_SCORERS else "metrics"
+            scorers[name] = VlmScorer(vlm, QUESTIONS[name], way)
+        else:
+            scorers[name] = build_scorer(name, job)
+    return scorers
+
+
+def build_scorer(name: str, job: Job) -> Scorer | SetScorer:
+    """One scorer that shares nothing with others: any but the VLM's."""
     if ":" in name:
         return _own_class(name)(device=job.device)
     if name in CLIP_SCORERS:
-        from rewards.clip import ClipScorer
+        from rewards.clip import CLIP_MODELS, ClipScorer
 
-        return ClipScorer(name, job.device)
-    if name in VLM_SCORERS:
-        from rewards.vlm import VlmScorer, question_for
-
-        return VlmScorer(vlm_model, question_for(name, training), job, shard=vlm_use_fsdp)
+        return ClipScorer(*CLIP_MODELS[name], job.device)
     if name == "scene":
         from rewards.scene import SceneScorer
 
         return SceneScorer(job.device)
-    raise UserError(f"There is no scorer {name!r}: use one of {', '.join(SCORERS)}, or MODULE:CLASS of your own.")
+    assert name == "dreamsim_diversity", name
+    from rewards.dreamsim import DreamSimDiversity
+
+    return DreamSimDiversity(job)
 
 
-def training_label(name: str) -> str:
-    """The name in logs of a scorer in training: the VLM's training values differ from its metric's (METHOD.md 5)."""
-    return f"{name}_train" if name in VLM_SCORERS else name
+def describe(scorers: dict[str, Scorer | SetScorer]) -> dict[str, str]:
+    """What each scorer is, for logs and tables."""
+    return {name: getattr(scorer, "description", type(scorer).__name__) for name, scorer in scorers.items()}
+
+
+def check_prompts(scorers: dict[str, Scorer | SetScorer], prompts: list[str]) -> None:
+    """Raises UserError where a scorer that looks at prompts beforehand cannot judge one of them."""
+    for scorer in scorers.values():
+        if hasattr(scorer, "check_prompts"):
+            scorer.check_prompts(prompts)
+
+
+def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+    """Scores of one scorer: [N] float32 on the CPU. Raises UserError when it breaks its contract."""
+    values = scorer.score(prompts, images)
+    if not isinstance(values, torch.Tensor) or values.shape != (len(prompts),):
+        got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise UserError(f"The scorer {name} returned {got} for {len(prompts)} pictures: return a tensor with one number each.")
+    return values.to("cpu", torch.float32)
 
 
 class WeightedReward:
@@ -98,24 +151,9 @@ class WeightedReward:
     def __init__(self, weights: dict[str, float], scorers: dict[str, Scorer]):
         self.weights, self.scorers = weights, scorers
 
-    def check_prompts(self, prompts: list[str]) -> None:
-        """Raises UserError where a scorer that looks at prompts beforehand cannot judge one of them."""
-        for scorer in self.scorers.values():
-            if hasattr(scorer, "check_prompts"):
-                scorer.check_prompts(prompts)
-
     def score(self, prompts: list[str], images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Raw scores of every scorer, [N] float32 each. Raises UserError when a scorer breaks its contract."""
-        scores = {}
-        for name, scorer in self.scorers.items():
-            values = scorer.score(prompts, images)
-            if not isinstance(values, torch.Tensor) or values.shape != (len(prompts),):
-                got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-                raise UserError(
-                    f"The scorer {name} returned {got} for {len(prompts)} pictures: return a tensor with one number each."
-                )
-            scores[name] = values.to(images.device, torch.float32)
-        return scores
+        """Raw scores of every scorer, [N] float32 each, on the images' device. Raises UserError for a broken scorer."""
+        return {name: checked_scores(name, scorer, prompts, images).to(images.device) for name, scorer in self.scorers.items()}
 
     def total(self, scores: dict[str, torch.Tensor]) -> torch.Tensor:
         """The weighted sum of raw scores: [N]."""

@@ -19,10 +19,9 @@ MAX_BATCH = 64
 class ClipScorer:
     """exp(logit_scale) cos(text, image) of a CLIPModel in float32; text is cut at the model's length."""
 
-    def __init__(self, name: str, device: str | torch.device = "cpu"):
-        """name: one of CLIP_MODELS. Raises UserError when the model cannot be had."""
-        model, processor = CLIP_MODELS[name]
-        self.device = torch.device(device)
+    def __init__(self, model: str, processor: str, device: str | torch.device = "cpu"):
+        """model, processor: hub ids or folders. Raises UserError when they cannot be had."""
+        self.device, self.description = torch.device(device), f"CLIP logit of {model}, processor {processor}"
         with hub_errors(model):
             self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).requires_grad_(False).eval().to(device)
         with hub_errors(processor):

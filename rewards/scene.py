@@ -18,6 +18,8 @@ MAX_BATCH = 256
 class SceneScorer:
     """Score of a picture against a caption of the tiny preset's grammar, in [0, 100]; true renderings get about 97."""
 
+    description = "colours, shapes and places of a scene against its caption"
+
     def __init__(self, device: str | torch.device = "cpu"):
         self.palette = torch.tensor(list(COLOURS.values()), device=device)  # [K, 3]
 

@@ -1,18 +1,20 @@
 """Scorers against their definitions (METHOD.md 5), the weighted sum, and rewards that do not work."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+from fdfo.comparison import compare
 from fdfo.config import UserError
-from fdfo.evaluation import compare
 from fdfo.rollout import check_first_scores
 from fdfo.tiny import SCENE_CLIP
+from fdfo.tiny.architecture import build_clip_tokenizer
 from fdfo.tiny.scenes import COLOURS, RELATIONS, SHAPES, Scene, all_scenes, render
-from rewards import WeightedReward, build_scorer, reward_weights
-from rewards.clip import ClipScorer
+from rewards import WeightedReward, build_scorers, reward_weights
+from rewards.clip import CLIP_MODELS, ClipScorer
 from rewards.scene import SceneScorer
 
 
@@ -77,21 +79,47 @@ def test_clip_scorer_is_transformers_own_logit(kind: torch.dtype):
     inputs = processor(text=captions, images=list(images), padding=True, return_tensors="pt", do_rescale=kind == torch.uint8)
     with torch.no_grad():
         expected = model(**inputs).logits_per_image.diagonal()
-    torch.testing.assert_close(ClipScorer("scene_clip").score(captions, images), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ClipScorer(*CLIP_MODELS["scene_clip"]).score(captions, images), expected, rtol=0, atol=1e-4)
+
+
+ODD_CAPTIONS = ["", "a cat 🐈", " ".join(["word"] * 300), 'braces {0} {{x}} "quotes"\nand lines', "a red circle"]
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_any_clip_model_scores_any_caption(tmp_path: Path, kind: torch.dtype):
+    """A random CLIPModel with a CLIP tokenizer and image size of its own, long and odd captions, pictures that are not square."""
+    tokenizer = build_clip_tokenizer()
+    tokenizer.model_max_length = 24
+    torch.manual_seed(1)
+    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=16)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path)
+    sizes = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    CLIPProcessor(image_processor=sizes, tokenizer=tokenizer).save_pretrained(tmp_path)
+    images = torch.rand(len(ODD_CAPTIONS), 3, 70, 90, generator=torch.Generator().manual_seed(0))
+    images = (255 * images).round().to(torch.uint8) if kind == torch.uint8 else images
+    model, processor = CLIPModel.from_pretrained(tmp_path).eval(), CLIPProcessor.from_pretrained(tmp_path)
+    inputs = processor(text=ODD_CAPTIONS, images=list(images), padding=True, truncation=True, max_length=24, return_tensors="pt",
+                       do_rescale=kind == torch.uint8)  # fmt: skip
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image.diagonal()
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(ClipScorer(str(tmp_path), str(tmp_path)).score(ODD_CAPTIONS, images), expected, rtol=0, atol=1e-4)
 
 
 def test_scene_clip_prefers_the_true_caption():
     drawn = scenes(64)
     captions = [scene.caption() for scene in drawn]
-    images, scorer = render(drawn, torch.Generator().manual_seed(0)), ClipScorer("scene_clip")
+    images, scorer = render(drawn, torch.Generator().manual_seed(0)), ClipScorer(*CLIP_MODELS["scene_clip"])
     assert scorer.score(captions, images).mean() > scorer.score(captions[1:] + captions[:1], images).mean() + 10
 
 
 def test_presets_and_specs(job):
-    assert reward_weights("combined", ()) == {"pickscore": 1.0, "vlm_alignment": 0.1}
+    assert reward_weights("combined", ()) == {"pickscore": 1.0, "vlm_alignment_train": 0.1}
     assert reward_weights("combined", ("scene=0.5", "scene_clip=2")) == {"scene": 0.5, "scene_clip": 2.0}
     for preset, specs in (("nothing", ()), ("scene", ("scene",)), ("scene", ("scene=x",)), ("scene", ("nothing=1",)),
-                          ("scene", ("no_module:C=1",)), ("scene", ("math:C=1",)), ("scene", ("scene=nan",))):  # fmt: skip
+                          ("scene", ("no_module:C=1",)), ("scene", ("math:C=1",)), ("scene", ("scene=nan",)), ("scene", ("dreamsim_diversity=1",)), ("scene", ("scene=1", "scene=2"))):  # fmt: skip
         with pytest.raises(UserError):
             reward_weights(preset, specs)
 
@@ -100,7 +128,7 @@ def test_weighted_sum(job):
     captions = [scene.caption() for scene in scenes(4)]
     images = torch.rand(4, 3, 64, 64)
     weights = {"scene": 0.5, "scene_clip": 2.0}
-    reward = WeightedReward(weights, {name: build_scorer(name, job) for name in weights})
+    reward = WeightedReward(weights, build_scorers(weights, job))
     scores = reward.score(captions, images)
     torch.testing.assert_close(reward.total(scores), 0.5 * scores["scene"] + 2 * scores["scene_clip"])
 
