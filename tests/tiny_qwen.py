@@ -34,28 +34,36 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+def token_ids() -> dict[str, int]:
+    """The control tokens' numbers, under the names of Qwen2_5_VLConfig."""
+    tokenizer = build_tokenizer()
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
+
+
+def save_processor(folder: Path) -> None:
+    """The real processor classes around the small tokenizer."""
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(), tokenizer=build_tokenizer(), video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+
+
 def save_tiny_qwen(folder: Path) -> Path:
     """Writes the model and its processor; returns the folder."""
-    tokenizer = build_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
     torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.2,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-            rope_scaling={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            vocab_size=len(build_tokenizer()), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.2, rope_parameters=rope, rope_scaling=rope,
         ),
         vision_config=dict(
             depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, window_size=112,
             fullatt_block_indexes=[1], initializer_range=0.2,
         ),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        **token_ids(),
     )  # fmt: skip
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(), tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)  # fmt: skip
+    save_processor(folder)
     return folder
