@@ -142,7 +142,7 @@ def plot(path: Path, results: list[Result]) -> None:
                 continue
             panel.errorbar(epochs, [p.mean for p in points], [p.standard_error for p in points], marker="o", capsize=2, label=run)
         panel.set(title=metric, xlabel="epoch")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3)
     for panel in axes[len(metrics) :]:
         panel.set_axis_off()

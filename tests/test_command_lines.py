@@ -88,7 +88,7 @@ def test_a_mistake_leaves_no_traceback_and_exit_code_2():
 
 
 def test_weights_and_biases_is_not_imported_unasked():
-    code = "import sys, train, fdfo.trainer, fdfo.evaluation; sys.exit('wandb' in sys.modules)"
+    code = "import sys, train, fdfo.trainer, fdfo.evaluation, fdfo.comparison; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100).returncode == 0
 
 

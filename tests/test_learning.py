@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from fdfo.comparison import compare_with_base
 from fdfo.config import PRESETS
 from fdfo.distributed import Job
-from fdfo.evaluation import compare_with_base
 from fdfo.trainer import train
 
 
