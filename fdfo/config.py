@@ -113,6 +113,8 @@ class TrainConfig:
     """log to Weights & Biases too"""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """type in which the transformer and the decoder compute"""
+    compile: bool = True
+    """compile the transformer's blocks and the decoder before the first epoch; on a CPU nothing is compiled"""
     heldout_prompt_set: str | None = None
     """prompts on which the base model and the trained adapter are compared at the end; none if left out"""
     heldout_prompts: int = 256

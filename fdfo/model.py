@@ -11,9 +11,11 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from fdfo.acceleration import PinnedWeights, cast_frozen_weights, fast_attention, pad_rows, try_compiled
 from fdfo.config import UserError
 from fdfo.distributed import check_device
 from fdfo.hub import ADAPTER, check_adapter_files, load_pipeline
+from fdfo.lora_attention import GroupedJointAttention
 
 COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TRAINING_TEXT_LENGTH = 128  # T5 tokens in training
@@ -47,13 +49,16 @@ class FlowModel:
         check_device(precision, device)
         self.name, self.precision, self.device = name, precision, device
         self.compute_type = COMPUTE_TYPES[precision]
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        self.pipe = load_pipeline(name, dtype)
+        self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.pipe = load_pipeline(name, self.dtype)
         self.pipe.set_progress_bar_config(disable=True)
         for module in self._modules():
             module.requires_grad_(False).eval()
         self.pipe.vae.to(memory_format=torch.channels_last)
         self.peft = None
+        self.accelerated = False
+        self.compiled_rows: int | None = None  # rows of x for which the blocks are compiled
+        self.waiting_text: PinnedWeights | None = None
         self.resolution_step = self.pipe.vae_scale_factor * self.pipe.patch_size
 
     def _modules(self) -> list[torch.nn.Module]:
@@ -135,19 +140,64 @@ class FlowModel:
     # -- devices
 
     def to_device(self, text_encoders: bool = True) -> None:
-        """Everything on the device; the text encoders on the CPU where they are not wanted."""
+        """Everything on the device; the text encoders in pinned host memory, when there is a GPU and they are not wanted on it."""
+        self.waiting_text = None
+        stay = [] if text_encoders or self.device.type == "cpu" else self._text_encoders()
         for module in self._modules():
-            module.to(self.device)
-        if not text_encoders:
-            self.move_text_encoders(torch.device("cpu"))
+            if module not in stay:
+                module.to(self.device)
+        if stay:
+            self.waiting_text = PinnedWeights(stay, self.device)
 
-    def move_text_encoders(self, device: torch.device) -> None:
-        for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
-            encoder.to(device)
+    def _text_encoders(self) -> list[torch.nn.Module]:
+        return [self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3]
+
+    @contextlib.contextmanager
+    def text_encoders_loaded(self) -> Iterator[None]:
+        """The text encoders are on the device inside."""
+        if self.waiting_text is not None:
+            self.waiting_text.load()
+        yield
+        if self.waiting_text is not None:
+            self.waiting_text.unload()
 
     def drop_text_encoders(self) -> None:
         """Frees their memory once every prompt is encoded."""
         self.pipe.register_modules(text_encoder=None, text_encoder_2=None, text_encoder_3=None)
+
+    # -- speed
+
+    def accelerate(self, compiled_rows: int | None, resolution: int) -> str | None:
+        """Makes velocity() and decode() fast for training; pictures drawn with this model are autocast from then on.
+
+        compiled_rows: rows of x at a time for which the blocks are compiled; None leaves them eager. Returns why nothing
+        could be compiled, or None.
+        """
+        transformer, vae = self.pipe.transformer, self.pipe.vae
+        cast_frozen_weights(transformer, self.compute_type)
+        cast_frozen_weights(vae, self.compute_type)
+        transformer.set_attn_processor(GroupedJointAttention())
+        self.accelerated = True
+        if compiled_rows is None:
+            return None
+        self.compiled_rows = compiled_rows
+        failure = try_compiled([*transformer.transformer_blocks, vae.decoder], lambda: self._warm_up(resolution))
+        if failure is not None:
+            self.compiled_rows = None
+        return failure
+
+    def _warm_up(self, resolution: int) -> None:
+        """Runs everything that is compiled once, forward and backward, on zeros."""
+        config, x = self.pipe.transformer.config, torch.zeros(1, *self.latent_shape(resolution), device=self.device)
+        length = self.pipe.tokenizer_max_length + self.text_length(TRAINING_TEXT_LENGTH)
+        text = TextEmbeddings(
+            torch.zeros(1, length, config.joint_attention_dim, device=self.device, dtype=self.dtype),
+            torch.zeros(1, config.pooled_projection_dim, device=self.device, dtype=self.dtype),
+        )
+        self._forward(x, x.new_ones(1), text).float().sum().backward()
+        for parameter in self.trainable():
+            parameter.grad = None
+        self.decode(x)
 
     # -- text, velocity, pictures
 
@@ -192,7 +242,28 @@ class FlowModel:
         return v_neg + guidance * (v_pos - v_neg)
 
     def _forward(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        with self.autocast():
+        """One transformer call; where the blocks are compiled, as many as there are batches of that size, the last one padded.
+
+        Compiled sampling runs the training graph and drops what it keeps for a backward: a graph of its own would round
+        differently, and the ratio at unchanged weights would not be 1.
+        """
+        if self.compiled_rows is None:
+            return self._transformer(x, sigma, text)
+        size = self.compiled_rows
+        return torch.cat(
+            [self._one_batch(x[i : i + size], sigma[i : i + size], text.rows(slice(i, i + size))) for i in range(0, len(x), size)]
+        )
+
+    def _one_batch(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
+        """At most compiled_rows rows, padded to that number. Outside of training, what a backward would need is freed on return."""
+        wanted = torch.is_grad_enabled()
+        padded = [pad_rows(part, self.compiled_rows) for part in (x, sigma, text.tokens, text.pooled)]
+        with torch.enable_grad():
+            v = self._transformer(padded[0], padded[1], TextEmbeddings(padded[2], padded[3]))[: len(x)]
+        return v if wanted else v.detach()
+
+    def _transformer(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
+        with self.autocast(), fast_attention(self.device):
             return self.pipe.transformer(
                 hidden_states=x,
                 timestep=1000 * sigma,
@@ -206,9 +277,10 @@ class FlowModel:
         """Latents [N, C, H, W] -> images [N, 3, 8 H, 8 W] float32 in [0, 1], DECODE_BATCH at a time."""
         config, images = self.pipe.vae.config, []
         for batch in latents.split(DECODE_BATCH):
-            scaled = (batch / config.scaling_factor + config.shift_factor).to(memory_format=torch.channels_last)
+            rows = len(batch) if self.compiled_rows is None else DECODE_BATCH
+            scaled = pad_rows(batch / config.scaling_factor + config.shift_factor, rows).to(memory_format=torch.channels_last)
             with self.autocast():
-                decoded = self.pipe.vae.decode(scaled, return_dict=False)[0]
+                decoded = self.pipe.vae.decode(scaled, return_dict=False)[0][: len(batch)]
             images.append((decoded.float() / 2 + 0.5).clamp(0, 1).contiguous())
         return torch.cat(images)
 

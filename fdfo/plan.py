@@ -33,9 +33,10 @@ class BatchPlan:
 
 
 def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
-    """Micro-batches no larger than --max-batch-size, as few and as even as possible (METHOD.md 4).
+    """Micro-batches no larger than --max-batch-size (METHOD.md 4).
 
-    Raises UserError where the batch sizes, pairs, optimizer steps and processes do not fit together.
+    Those of training are as few and even as possible, and of an even size: sampling takes as many pairs at a time as fill
+    whole batches of that size, the only one for which the transformer is compiled. Raises UserError where the batch sizes, pairs, optimizer steps and processes do not fit together.
     """
     pairs, steps = config.total_pairs_per_epoch, config.gradient_steps_per_epoch
     if pairs < world_size:
@@ -44,23 +45,25 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
     if steps > samples:
         raise UserError(f"{steps} gradient steps an epoch are more than its {samples} samples: lower --gradient-steps-per-epoch.")
     largest = config.max_batch_size if config.max_batch_size is not None else (13 if world_size >= 8 else 6)
-    for flag, value in (("--max-batch-size", largest), ("--sample.batch-size", config.sample.batch_size or 1)):
-        if value < 1:
-            raise UserError(f"{flag} is {value}: give a whole number of 1 or more.")
+    if largest < 1:
+        raise UserError(f"--max-batch-size is {largest}: give a whole number of 1 or more.")
     shares = tuple(pairs * (rank + 1) // world_size - pairs * rank // world_size for rank in range(world_size))
-    sample_batch = _micro_batch(max(shares), largest, config.sample.batch_size, "--sample.batch-size")
+    for flag, value in (("sample", config.sample.batch_size), ("train", config.train.batch_size)):
+        if value is not None and not 1 <= value <= largest:
+            raise UserError(
+                f"--{flag}.batch-size {value} is not between 1 and --max-batch-size {largest}: change one of the two."
+            )
     share_of_step = -(-samples // (steps * world_size))
-    train_batch = _micro_batch(share_of_step, largest, config.train.batch_size, "--train.batch-size")
+    train_batch = min(config.train.batch_size or even_batch(share_of_step, largest), share_of_step)
+    filling = train_batch // math.gcd(2, train_batch)  # pairs that fill one batch of the transformer, or two
+    sample_batch = min(config.sample.batch_size or largest // filling * filling, max(shares))
     return BatchPlan(shares, samples, steps, sample_batch, train_batch)
 
 
-def _micro_batch(count: int, largest: int, wanted: int | None, flag: str) -> int:
-    if wanted is not None:
-        if not 1 <= wanted <= largest:
-            raise UserError(f"{flag} {wanted} is not between 1 and --max-batch-size {largest}: change one of the two.")
-        return min(wanted, count)
-    batches = -(-count // largest)
-    return -(-count // batches)
+def even_batch(count: int, largest: int) -> int:
+    """The size of micro-batches that divide count into as few and even parts as possible, made even where that is above 1."""
+    size = -(-count // -(-count // largest))
+    return size - size % 2 if size > 1 else 1
 
 
 def plan_churn(churn: ChurnConfig) -> dict[str, float]:

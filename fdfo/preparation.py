@@ -1,5 +1,6 @@
 """What a training run needs before its first epoch: everything checked and loaded, and only then a run folder."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Run:
     epochs_done: int
     samples_seen: int  # optimizer steps' samples so far; 0 before the first update
     heldout: dict[str, Scorer]  # scorers of the comparison at the end
+    compile_seconds: float | None  # None where nothing is compiled
 
 
 def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
@@ -46,6 +48,7 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run
     if resumed:
         check_resume(config, saved_config(checkpoint))
     model = load_model(job, config, checkpoint)
+    compile_seconds = accelerate(job, config, plan, model)
     optimizer = make_optimizer(model, config)
     epochs_done, scale, samples_seen = 0, LossScale.start(config.precision), 0
     if resumed:
@@ -63,7 +66,7 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run
     elif checkpoint is not None:
         job.print(f"{checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
     log = RunLog(folder, config, epochs_done, job.is_main)
-    return Run(folder, log, plan, prompts, model, reward, optimizer, scale, epochs_done, samples_seen, heldout)
+    return Run(folder, log, plan, prompts, model, reward, optimizer, scale, epochs_done, samples_seen, heldout, compile_seconds)
 
 
 def check_heldout(job: Job, config: TrainConfig) -> None:
@@ -97,6 +100,16 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
         check_lora_numbers(model, config, checkpoint)
     model.to_device(text_encoders=not config.memory_efficient)
     return model
+
+
+def accelerate(job: Job, config: TrainConfig, plan: BatchPlan, model: FlowModel) -> float | None:
+    """Makes the model fast; returns the seconds that compiling took. Where it fails: one warning, and the run goes on eager."""
+    rows = plan.train_batch if config.compile and job.device.type == "cuda" else None
+    start = time.perf_counter()
+    failure = model.accelerate(rows, config.sample.resolution)
+    if failure is not None:
+        job.print(f"warning: compiling failed, so the run goes on uncompiled and slower ({failure})")
+    return None if rows is None or failure is not None else round(time.perf_counter() - start, 1)
 
 
 def check_lora_numbers(model: FlowModel, config: TrainConfig, checkpoint: Checkpoint) -> None:

@@ -57,12 +57,9 @@ def pair_gammas(config: TrainConfig, sigmas: torch.Tensor, epoch: int, pairs: ra
 
 def encode_prompts(model: FlowModel, prompts: list[str], config: TrainConfig) -> tuple[TextEmbeddings, TextEmbeddings | None]:
     """Embeddings of the rank's prompts, and of the empty prompt where guidance needs it."""
-    if config.memory_efficient:
-        model.move_text_encoders(model.device)
-    text = model.encode(prompts)
-    empty = model.encode([""]) if config.sample.guidance_scale != 1 else None
-    if config.memory_efficient:
-        model.move_text_encoders(torch.device("cpu"))
+    with model.text_encoders_loaded():
+        text = model.encode(prompts)
+        empty = model.encode([""]) if config.sample.guidance_scale != 1 else None
     return text, empty
 
 
@@ -81,7 +78,8 @@ def sample_share(
     sigmas = model.sigmas(config.sample.num_solver_steps)
     shape = model.latent_shape(config.sample.resolution)
     n = 2 * len(pairs)
-    xs = torch.empty(n, len(sigmas) - 1, *shape, device=model.device)
+    # The network rounds its input to its compute type and answers in it, so these lose nothing in that type.
+    xs = torch.empty(n, len(sigmas) - 1, *shape, device=model.device, dtype=model.compute_type)
     velocities, final = torch.empty_like(xs), torch.empty(n, *shape, device=model.device)
     for start in range(0, len(pairs), plan.sample_batch):
         batch = pairs[start : start + plan.sample_batch]

@@ -21,14 +21,8 @@ def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
     """Trains to config.num_epochs epochs, from the start or from a checkpoint, and returns the finished run."""
     run = prepare(job, config, checkpoint)
     log, clock = run.log, StageClock(job.device)
-    log.write(
-        "start",
-        run.epochs_done,
-        versions=versions(),
-        processes=job.world_size,
-        device=str(job.device),
-        scorers=describe(run.reward.scorers),
-    )
+    facts = {"processes": job.world_size, "device": str(job.device), "compile_seconds": run.compile_seconds}
+    log.write("start", run.epochs_done, versions=versions(), scorers=describe(run.reward.scorers), **facts)
     announce(job, config, run)
     pairs = job.share(config.total_pairs_per_epoch)
     model, start = run.model, run.epochs_done

@@ -57,7 +57,7 @@ class StepStats:
     loss: float
     clipfrac: float
     ratio_mean: float
-    ratio_first: float  # the ratio of rank 0's first micro-batch farthest from 1; 1 at the first step of an epoch
+    ratio_first: float  # the ratio of rank 0's samples farthest from 1; 1 at the first step of an epoch
     grad_norm: float
     loss_scale: float
     applied: bool
@@ -101,12 +101,12 @@ def accumulate_gradient(
 ) -> tuple[torch.Tensor, float]:
     """Adds the gradient of the rank's samples to the parameters, scaled, as their part of the mean over `total` samples.
 
-    Returns sums over the samples, float64 on the CPU (loss, clipped, ratio, overflows), and the first micro-batch's ratio
-    farthest from 1. Stops early when a loss or a scaled gradient is not finite. Dropped pairs count as ratio 1.
+    Returns sums over the samples, float64 on the CPU (loss, clipped, ratio, overflows), and the ratio farthest from 1. Stops
+    early when a loss or a scaled gradient is not finite. Dropped pairs count as ratio 1.
     """
     sigmas = model.sigmas(config.sample.num_solver_steps).to(model.device)
     guidance, T = config.sample.guidance_scale, config.sample.num_solver_steps
-    sums, ratio_first = torch.zeros(4, dtype=torch.float64), 1.0
+    sums, farthest, previous = torch.zeros(4, dtype=torch.float64), [torch.ones(1, device=model.device)], None
     for start in range(0, len(samples), plan.train_batch):
         batch = samples[start : start + plan.train_batch]
         row, step = (batch // T).to(model.device), (batch % T).to(model.device)
@@ -123,21 +123,31 @@ def accumulate_gradient(
             loss = loss + config.train.kl_weight * kept * distance
         (loss.sum() * (scale / total)).backward()
         ratio = torch.where(kept, ratio.detach(), torch.ones_like(ratio))
+        farthest.append(ratio.gather(0, (ratio - 1).abs().argmax(0, keepdim=True)))  # indexing would wait for the GPU
         clipped = (ratio - 1).abs() > config.train.clip_range
-        overflow = loss.new_tensor(scale > 1 and not gradient_is_finite(model))
-        values = torch.stack([loss.detach().sum(), clipped.sum(), ratio.sum(), overflow]).double().cpu()
-        sums += values
-        if start == 0:
-            ratio_first = float(ratio[(ratio - 1).abs().argmax()])
-        if overflow or not values.isfinite().all():
-            break
-    return sums, ratio_first
+        values = torch.stack([loss.detach().sum(), clipped.sum(), ratio.sum(), gradient_overflowed(model, scale)]).double()
+        if previous is not None and not add_finite(sums, previous):
+            return sums, math.nan
+        previous = values  # read once the next micro-batch is under way, so that the GPU never waits for the CPU
+    if previous is not None:
+        add_finite(sums, previous)
+    ratios = torch.cat(farthest)
+    return sums, float(ratios[(ratios - 1).abs().argmax()])
 
 
-def gradient_is_finite(model: FlowModel) -> bool:
-    """Looked at after every scaled micro-batch, so that an overflow costs one micro-batch and not the whole step."""
+def add_finite(sums: torch.Tensor, values: torch.Tensor) -> bool:
+    """Adds a micro-batch's values to the sums; False where they are not finite or the gradient overflowed."""
+    values = values.cpu()
+    sums += values
+    return bool(values.isfinite().all() and values[3] == 0)
+
+
+def gradient_overflowed(model: FlowModel, scale: float) -> torch.Tensor:
+    """1 where a scaled gradient is not finite, else 0. Looked at in every micro-batch: an overflow must not cost a whole step."""
     gradients = [p.grad for p in model.trainable() if p.grad is not None]
-    return bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite())
+    if scale == 1:
+        return gradients[0].new_zeros(())
+    return 1 - torch.stack(torch._foreach_norm(gradients)).sum().isfinite().float()
 
 
 def reduce_gradient(job: Job, parameters: list[torch.nn.Parameter], scale: float) -> None:

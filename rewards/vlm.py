@@ -9,6 +9,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from fdfo.distributed import Job
 from fdfo.hub import hub_errors
 from rewards.sharding import load_sharded, needs_sharding
+from rewards.vision_attention import use_varlen_attention
 
 VLM_MODELS = {
     "qwenvl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
@@ -43,6 +44,7 @@ class Vlm:
             else:
                 self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.name, dtype=dtype).to(job.device)
         self.model.requires_grad_(False).eval()
+        use_varlen_attention(self.model.model.visual, job.device)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         self.yes, self.no = (tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No"))

@@ -1,6 +1,7 @@
 """What needs a GPU: half precisions, the loss scale, the same noise as on the CPU. Skipped where there is none."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,14 @@ def rollout_of(job: Job, config: TrainConfig) -> tuple[Run, Rollout]:
     return run, sample_share(run.model, config, run.plan, 0, range(len(prompts)), prompts, text, empty)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-def test_every_precision_trains(tmp_path: Path, precision: str):
-    run = train(Job(0, 1, GPU), small(tmp_path, precision=precision, memory_efficient=True), None)
+@pytest.mark.parametrize("precision,compile", [("fp16", True), ("fp16", False), ("bf16", True), ("fp32", False)])
+def test_every_precision_trains(tmp_path: Path, precision: str, compile: bool):
+    """Compiled, the ratio at unchanged weights is 1 to the bit: sampling runs the training graph."""
+    run = train(Job(0, 1, GPU), small(tmp_path, precision=precision, compile=compile, memory_efficient=True), None)
     assert run.epochs_done == 2 and all(p.isfinite().all() for p in run.model.trainable())
+    assert (run.model.compiled_rows is not None) == compile
+    steps = [json.loads(line) for line in run.log.path.read_text().splitlines() if '"step"' in line]
+    assert steps[0]["ratio_first"] == 1.0 or not compile
 
 
 def test_gpu_and_cpu_sample_the_same_pairs(tmp_path: Path):
@@ -64,6 +69,7 @@ def test_float16_gradient_is_that_of_float32(tmp_path: Path):
     exact.add_lora(32, 64, config.seed)
     exact.to_device()
     rollout.text = exact.encode(rollout.prompts)
+    rollout.xs = rollout.xs.float()
     single = gradient(exact, 1.0)
     error = ((half - single).norm() / single.norm()).item()
     print(f"relative error of the float16 gradient: {error:.4f}")

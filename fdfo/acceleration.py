@@ -1,0 +1,79 @@
+"""What makes full-size training fast and leaves its numbers alone: types, attention kernels, compiled blocks, pinned text encoders."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ATTENTION_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def cast_frozen_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Linear and convolution weights in the compute type, as autocast would cast them at every call; norms in float32.
+
+    Norms' weights become float32 so that queries and keys are not rounded to bfloat16 on their way to the attention.
+    """
+    for part in module.modules():
+        kind = dtype if isinstance(part, nn.Linear | nn.Conv2d) else torch.float32
+        for name, parameter in part.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                setattr(part, name, nn.Parameter(parameter.to(kind), requires_grad=False))
+
+
+@contextlib.contextmanager
+def fast_attention(device: torch.device) -> Iterator[None]:
+    """cuDNN's attention first: the fastest of the fused kernels on Hopper GPUs."""
+    with sdpa_kernel(ATTENTION_ORDER, set_priority=True) if device.type == "cuda" else contextlib.nullcontext():
+        yield
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compiles each block by itself: blocks of one kind share their code, so that three or four kernels' sets serve all."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of block x sampling and training x adapter on and off
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def uncompile_blocks(blocks: list[nn.Module]) -> None:
+    for block in blocks:
+        block._compiled_call_impl = None
+
+
+def try_compiled(blocks: list[nn.Module], warm_up: Callable[[], None]) -> str | None:
+    """Compiles the blocks and runs warm_up; where that fails the blocks stay eager and the reason is returned."""
+    compile_blocks(blocks)
+    try:
+        warm_up()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler fails in as many ways as it has parts: any of them means eager
+        uncompile_blocks(blocks)
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return None
+
+
+def pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Repeats the first row until there are `rows`: [n, ...] -> [rows, ...]."""
+    missing = rows - len(tensor)
+    return tensor if missing == 0 else torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])])
+
+
+class PinnedWeights:
+    """Frozen modules that wait in pinned host memory: to the GPU at full bus speed, and off it by forgetting the copy."""
+
+    def __init__(self, modules: list[nn.Module], device: torch.device):
+        self.device, self.home = device, []
+        for module in modules:
+            for tensor in [*module.parameters(), *module.buffers()]:
+                tensor.data = tensor.data.cpu().pin_memory()
+                self.home.append((tensor, tensor.data))
+
+    def load(self) -> None:
+        for tensor, host in self.home:
+            tensor.data = host.to(self.device, non_blocking=True)
+
+    def unload(self) -> None:
+        for tensor, host in self.home:
+            tensor.data = host
