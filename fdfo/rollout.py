@@ -1,5 +1,6 @@
 """One rank's share of an epoch: noise from positions, paired sampling, decoding, rewards, finite differences."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +77,7 @@ def sample_share(
     prompts: list[str],
     text: TextEmbeddings,
     empty: TextEmbeddings | None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """Samples the rank's pairs, plan.sample_batch at a time (METHOD.md 2)."""
     sigmas = model.sigmas(config.sample.num_solver_steps)
@@ -84,6 +86,7 @@ def sample_share(
     xs = torch.empty(n, len(sigmas) - 1, *shape, device=model.device)
     velocities, final = torch.empty_like(xs), torch.empty(n, *shape, device=model.device)
     for start in range(0, len(pairs), plan.sample_batch):
+        before_batch()
         batch = pairs[start : start + plan.sample_batch]
         rows = slice(2 * start, 2 * (start + len(batch)))
         index = torch.arange(start, start + len(batch), device=model.device).repeat_interleave(2)

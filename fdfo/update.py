@@ -5,6 +5,7 @@ gradient that comes from its own trajectories, and the parts are added up. No tr
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,16 +99,21 @@ def accumulate_gradient(
     samples: torch.Tensor,
     total: int,
     scale: float,
+    asked: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, float]:
     """Adds the gradient of the rank's samples to the parameters, scaled, as their part of the mean over `total` samples.
 
-    Returns sums over the samples, float64 on the CPU (loss, clipped, ratio, overflows), and the first micro-batch's ratio
-    farthest from 1. Stops early when a loss or a scaled gradient is not finite. Dropped pairs count as ratio 1.
+    Returns sums over the samples, float64 on the CPU (loss, clipped, ratio, overflows, asked to stop), and the first
+    micro-batch's ratio farthest from 1. Ends early when a loss or a scaled gradient is not finite, or when the rank is asked
+    to stop. Dropped pairs count as ratio 1.
     """
     sigmas = model.sigmas(config.sample.num_solver_steps).to(model.device)
     guidance, T = config.sample.guidance_scale, config.sample.num_solver_steps
-    sums, ratio_first = torch.zeros(4, dtype=torch.float64), 1.0
+    sums, ratio_first = torch.zeros(5, dtype=torch.float64), 1.0
     for start in range(0, len(samples), plan.train_batch):
+        if asked():
+            sums[4] = 1
+            break
         batch = samples[start : start + plan.train_batch]
         row, step = (batch // T).to(model.device), (batch % T).to(model.device)
         x, text = rollout.xs[row, step], rollout.text.rows(row // 2)
@@ -126,7 +132,7 @@ def accumulate_gradient(
         clipped = (ratio - 1).abs() > config.train.clip_range
         overflow = loss.new_tensor(scale > 1 and not gradient_is_finite(model))
         values = torch.stack([loss.detach().sum(), clipped.sum(), ratio.sum(), overflow]).double().cpu()
-        sums += values
+        sums[:4] += values
         if start == 0:
             ratio_first = float(ratio[(ratio - 1).abs().argmax()])
         if overflow or not values.isfinite().all():
@@ -161,8 +167,11 @@ def optimizer_step(
     optimizer: torch.optim.AdamW,
     scale: LossScale,
     first: bool,
-) -> StepStats:
+    asked: Callable[[], bool] = lambda: False,
+) -> StepStats | None:
     """One optimizer step: gradient of the whole job, clipped, applied. A float16 overflow lowers the scale and is redone.
+
+    None, and nothing done, when a rank was asked to stop before its part was complete.
 
     A loss that is not finite, or a gradient that is not finite without any scale, never reaches the weights: the step is
     left out and counted. `first`: the weights are still those that sampled, so the ratio must be 1.
@@ -171,11 +180,14 @@ def optimizer_step(
     while True:
         optimizer.zero_grad()
         used = scale.value
-        sums, ratio_first = accumulate_gradient(model, config, plan, rollout, differences, empty, samples, total, used)
+        sums, ratio_first = accumulate_gradient(model, config, plan, rollout, differences, empty, samples, total, used, asked)
         reduce_gradient(job, parameters, used)
         if first:
             check_ratio(job, ratio_first, config.precision)
         sums = job.sum(sums.to(model.device)).cpu()
+        if sums[4] > 0:
+            optimizer.zero_grad()
+            return None
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
         loss_finite, gradient_finite = bool(sums.isfinite().all()), bool(norm.isfinite() and sums[3] == 0)
         finite = loss_finite and gradient_finite
@@ -185,7 +197,7 @@ def optimizer_step(
         optimizer.step()
         scale.succeeded()
     optimizer.zero_grad()
-    loss, clipped, ratio, _ = (sums / total).tolist()
+    loss, clipped, ratio, _, _ = (sums / total).tolist()
     return StepStats(loss, clipped, ratio, ratio_first, float(norm), used, finite)
 
 

@@ -36,7 +36,7 @@ def rollout_of(job: Job, config: TrainConfig) -> tuple[Run, Rollout]:
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_every_precision_trains(tmp_path: Path, precision: str):
     run = train(Job(0, 1, GPU), small(tmp_path, precision=precision, memory_efficient=True), None)
-    assert run.epochs_done == 2 and all(p.isfinite().all() for p in run.model.trainable())
+    assert run.progress.epochs == 2 and all(p.isfinite().all() for p in run.model.trainable())
 
 
 def test_gpu_and_cpu_sample_the_same_pairs(tmp_path: Path):
