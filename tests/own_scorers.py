@@ -1,5 +1,8 @@
 """Scorers of one's own, as --reward-specs own_scorers:NAME=1 loads them; most are broken on purpose."""
 
+import os
+import signal
+
 import torch
 
 
@@ -30,3 +33,13 @@ class FailsLater(Brightness):
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         scores = super().score(prompts, images)
         return scores if self.calls == 1 else scores.index_fill(0, torch.tensor([2]), float("inf"))
+
+
+class Interrupted(Brightness):
+    """Works; where STOP_RANK says so, the machine asks that process to stop while the second epoch is scored."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        scores = super().score(prompts, images)
+        if os.environ.get("STOP_RANK") == os.environ.get("RANK", "0") and self.calls == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return scores
