@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fdfo.rollout import MOST_DROPPED
 from fdfo.update import RATIO_TOLERANCE, StepStats
 
 LEAST_DIFFERING = 0.01  # share of pairs whose rewards differ
-MOST_DROPPED = 0.05  # share of pairs
 MOST_CLIPPED = 0.9  # share of samples
 RATIOS = (0.5, 2.0)  # mean of an optimizer step
 MOST_ONE_COLOUR = 0.5  # share of pictures
