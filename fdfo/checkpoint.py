@@ -8,7 +8,7 @@ from pathlib import Path
 from fdfo.command_line import check_train_config
 from fdfo.config import TrainConfig, UserError, config_from_json
 from fdfo.hub import ADAPTER, check_adapter_files, download_folder
-from fdfo.manifest import LARGEST_JSON, read_bounded, sealed_state
+from fdfo.manifest import LARGEST_JSON, is_folder, read_bounded, sealed_state
 
 AUTO = "auto"
 CFG_IN_NAME = re.compile(r"(no-cfg|cfg[-_](\d+)[.p](\d+))(?=[/_-]|$)")
@@ -55,7 +55,7 @@ def find_checkpoint(text: str) -> Checkpoint:
         folder = download_folder(text)
     else:
         folder = Path(text)
-        if (folder / "checkpoints").is_dir():
+        if is_folder(folder / "checkpoints"):
             folder = newest_whole(folder)
             if folder is None:
                 raise UserError(f"{text} holds no whole checkpoint: start the run anew, or give another folder.")

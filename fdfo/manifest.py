@@ -60,6 +60,22 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False for a name that no file can have, such as one that is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False for a name that none can have."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def read_bounded(path: Path, limit: int) -> bytes:
     """What a file holds that nobody vouches for. Raises ValueError above `limit` bytes, OSError when it cannot be read."""
     with path.open("rb") as file:
