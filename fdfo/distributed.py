@@ -149,14 +149,16 @@ def check_device(precision: str, device: torch.device) -> None:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Runs a command line; a UserError becomes one sentence on stderr and exit code 2.
+    """Runs a command line; a UserError, or a full GPU, becomes one sentence on stderr and exit code 2.
 
     Where all ranks fail alike rank 0 says so and torchrun ends the others; a rank that is still there after ten seconds
     has failed alone and speaks for itself.
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "The GPU has no memory left: lower the batch size (--max-batch-size in train.py, --batch-size elsewhere)."
         rank = int(os.environ.get("RANK", 0))
         if rank:
             time.sleep(10)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -177,6 +178,13 @@ def progress_bar(job: Job, total: int, what: str) -> tqdm:
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide about numbers."""
     return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory in use now: allocated on the GPU, or resident on the CPU, GiB."""
+    if device.type == "cuda":
+        return round(torch.cuda.memory_allocated(device) / 2**30, 4)
+    return round(psutil.Process().memory_info().rss / 2**30, 4)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -9,7 +9,7 @@ import torch
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.health import Signs, relative_change
-from fdfo.logger import peak_memory_gib
+from fdfo.logger import memory_gib, peak_memory_gib
 from fdfo.preparation import Run
 from fdfo.rollout import Differences, gather_scores
 from fdfo.training_state import adapter_copy
@@ -61,9 +61,8 @@ def report_epoch(
     dropped_share = values["dropped_pairs"] / config.total_pairs_per_epoch
     signs = Signs(values["differing_pairs"], dropped_share, plain, values["adapter_change"], steps)
     warnings = job.on_main(lambda: run.health.check(signs))  # rank 0 alone has read the log of a resumed run
-    run.log.write(
-        "epoch", run.progress.epochs, **values, warnings=warnings, seconds=seconds, peak_memory_gib=peak_memory_gib(job.device)
-    )
+    memory = {"memory_gib": memory_gib(job.device), "peak_memory_gib": peak_memory_gib(job.device)}
+    run.log.write("epoch", run.progress.epochs, **values, warnings=warnings, seconds=seconds, **memory)
     job.print(
         f"{time.strftime('%H:%M:%S')} epoch {run.progress.epochs}/{config.num_epochs}: reward {values['reward_mean']:.3f} +- "
         f"{values['reward_std']:.3f}, pairs that differ {values['differing_pairs']:.0%}, clipfrac {values['clipfrac']:.2f}, "

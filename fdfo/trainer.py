@@ -12,6 +12,7 @@ from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.health import one_colour
 from fdfo.logger import StageClock, versions
+from fdfo.memory import fitting_plan
 from fdfo.model import FlowModel, TextEmbeddings
 from fdfo.preemption import Guard, LeaveStage, Stopped, guarded
 from fdfo.preparation import Run, prepare
@@ -39,6 +40,7 @@ def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, started:
         scorers=describe(run.reward.scorers),
     )
     announce(job, config, run)
+    run.plan = fitting_plan(job, config, run.model, run.plan)
     with guarded(job, config.timeout_minutes) as guard:
         stages = Stages(StageClock(job.device), guard)
         try:

@@ -72,10 +72,10 @@ class FailsFromThen(Brightness):
 
 
 class Hangs(Brightness):
-    """Does not come back from the second epoch, on the rank HANG_RANK."""
+    """Does not come back from the second epoch, on rank 1."""
 
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
-        if self.calls == 1 and os.environ.get("HANG_RANK", "0") == os.environ.get("RANK", "0"):
+        if self.calls == 1 and os.environ.get("RANK") == "1":
             time.sleep(3600)
         return super().score(prompts, images)
 

@@ -8,6 +8,7 @@ import torch
 
 from fdfo.config import PRESETS, SampleConfig, TrainConfig
 from fdfo.distributed import Job
+from fdfo.memory import fitting_plan
 from fdfo.model import FlowModel
 from fdfo.preparation import Run, prepare
 from fdfo.rollout import Rollout, encode_prompts, sample_share, score_share
@@ -68,3 +69,18 @@ def test_float16_gradient_is_that_of_float32(tmp_path: Path):
     error = ((half - single).norm() / single.norm()).item()
     print(f"relative error of the float16 gradient: {error:.4f}")
     assert half.isfinite().all() and error < 0.1
+
+
+def test_micro_batches_that_do_not_fit_are_made_smaller_and_the_numbers_stay(tmp_path: Path, capsys):
+    """A limit on the memory of this process stands for a small GPU."""
+    job, config = Job(0, 1, GPU), small(tmp_path, total_pairs_per_epoch=256, max_batch_size=4096)
+    run = prepare(job, config, None)
+    used = torch.cuda.memory_reserved(GPU) + 2**29
+    torch.cuda.set_per_process_memory_fraction(used / torch.cuda.get_device_properties(GPU).total_memory)
+    try:
+        plan = fitting_plan(job, config, run.model, run.plan)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert plan.train_batch < run.plan.train_batch and (plan.samples, plan.pairs) == (run.plan.samples, run.plan.pairs)
+    assert "going on as with --max-batch-size" in capsys.readouterr().out
+    assert all(parameter.grad is None for parameter in run.model.trainable())

@@ -41,7 +41,7 @@ def log_of(run: Path, kind: str | None = None) -> list[dict]:
 def comparable(run: Path) -> list[dict]:
     """The log without what no two runs share: clock, memory, and the lines of a start."""
     return [
-        {name: value for name, value in line.items() if name not in ("seconds", "peak_memory_gib")}
+        {name: value for name, value in line.items() if name not in ("seconds", "memory_gib", "peak_memory_gib")}
         for line in log_of(run)
         if line["kind"] != "start"
     ]

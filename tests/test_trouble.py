@@ -2,19 +2,20 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, torchrun
+from conftest import TINY_RUN, torchrun
 from test_training import log_of, small
 
 from fdfo.checkpoint import find_checkpoint
-from fdfo.config import UserError
-from fdfo.distributed import Job
+from fdfo.config import PRESETS, SampleConfig, UserError
+from fdfo.distributed import Job, exit_on_user_error
 from fdfo.health import Health, Signs, one_colour
+from fdfo.memory import with_largest
+from fdfo.plan import plan_batches
 from fdfo.trainer import train
 from fdfo.update import StepStats
 
@@ -24,10 +25,10 @@ def scored_by(name: str) -> dict:
 
 
 def test_a_score_in_a_hundred_that_is_not_finite_is_counted_and_its_pair_dropped(job: Job, tmp_path: Path, capsys):
-    quick = dict(total_pairs_per_epoch=50, gradient_steps_per_epoch=1, num_epochs=2)
+    quick = dict(total_pairs_per_epoch=50, gradient_steps_per_epoch=1)
     run = train(job, small(tmp_path, **quick, **scored_by("SometimesNotANumber")), None)
     epochs = log_of(run.folder, "epoch")
-    assert [epoch["dropped_pairs"] for epoch in epochs] == [1, 1] and all(epoch["scores"] for epoch in epochs)
+    assert [epoch["dropped_pairs"] for epoch in epochs] == [1] and all(epoch["scores"] for epoch in epochs)
     assert all(p.isfinite().all() for p in run.model.trainable()) and "dropped" not in capsys.readouterr().out
 
 
@@ -45,25 +46,15 @@ def test_a_scorer_that_goes_on_failing_stops_the_run_by_name(job: Job, tmp_path:
     assert find_checkpoint(str(tmp_path / "00000-custom-cfg_1p0")).folder.name == "epoch-0000001"
 
 
-def test_a_scorer_that_hangs_is_ended_by_the_timeout(tmp_path: Path):
-    flags = ("--save-freq", 1, "--num-epochs", 3, "--timeout-minutes", 0.05, "--runs-dir", tmp_path)
-    command = [sys.executable, "train.py", *TINY_RUN, *flags, "--reward-specs", "tests.own_scorers:Hangs=1.0"]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 3 and "rank 0 made no progress for 0.05 minutes in reward of epoch 2" in done.stderr
+@pytest.mark.parametrize("name", ["Hangs", "Dies"])
+def test_a_rank_that_hangs_or_dies_ends_the_job_with_its_name_and_stage(tmp_path: Path, name: str):
+    """By the timeout or by the loss of contact; the log and the checkpoint of the epoch before stay as they were."""
+    flags = ("--num-epochs", 3, "--save-freq", 1, "--timeout-minutes", 0.1, "--runs-dir", tmp_path)
+    done = torchrun(2, "train.py", *TINY_RUN, *flags, "--reward-specs", f"tests.own_scorers:{name}=1.0")
+    stage = "rank 1 (in|made no progress for 0.1 minutes in) reward of epoch 2"
+    assert done.returncode != 0 and re.search(stage, done.stderr), done.stderr
     run = tmp_path / "00000-custom-cfg_1p0"
     assert len(log_of(run, "epoch")) == 1 and find_checkpoint(str(run)).folder.name == "epoch-0000001"
-
-
-@pytest.mark.parametrize("name,rank", [("Hangs", "1"), ("Dies", "1")])
-def test_a_rank_that_hangs_or_dies_ends_the_job_with_its_name_and_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rank: str
-):
-    monkeypatch.setenv("HANG_RANK", rank)
-    flags = ("--num-epochs", 3, "--timeout-minutes", 0.1, "--runs-dir", tmp_path)
-    done = torchrun(2, "train.py", *TINY_RUN, *flags, "--reward-specs", f"tests.own_scorers:{name}=1.0")
-    assert done.returncode != 0 and "rank 1 in reward of epoch 2" in done.stderr.replace(
-        "rank 1 made no progress for 0.1 minutes", "rank 1"
-    )
 
 
 STEP = StepStats(0.1, 0.1, 1.0, 1.0, 2.0, 1.0, True)
@@ -102,7 +93,6 @@ def test_pictures_of_one_colour_are_seen():
 
 
 def test_strict_stops_with_a_checkpoint_and_the_warning_is_in_the_log(job: Job, tmp_path: Path, capsys):
-    """A reward of two values, and churn so weak that the branches of a pair never differ in it."""
     config = small(tmp_path, num_epochs=3, strict=True, save_freq=3, **scored_by("ConstantLater"))
     with pytest.raises(UserError, match="--strict stops after epoch 2, with a checkpoint: 0.0% of the pairs differ in reward"):
         train(job, config, None)
@@ -112,3 +102,27 @@ def test_strict_stops_with_a_checkpoint_and_the_warning_is_in_the_log(job: Job, 
     assert "warning: epoch 2: 0.0% of the pairs differ in reward" in capsys.readouterr().out
     loose = train(job, dataclasses.replace(config, strict=False), find_checkpoint(str(run)))
     assert loose.progress.epochs == 3
+
+
+def test_smaller_micro_batches_keep_the_samples_and_steps():
+    config = dataclasses.replace(PRESETS["tiny"], sample=SampleConfig(8, 1.0, 64, batch_size=20))
+    before, after = plan_batches(config, 3), plan_batches(with_largest(config, 15), 3)
+    assert (after.samples, after.pairs, after.gradient_steps) == (before.samples, before.pairs, before.gradient_steps)
+    assert (before.sample_batch, after.sample_batch) == (20, 15) and after.train_batch <= 15 < before.train_batch
+
+
+def test_a_full_gpu_ends_with_one_sentence(capsys):
+    def main() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(SystemExit, match="2"):
+        exit_on_user_error(main)
+    assert capsys.readouterr().err.startswith("error: The GPU has no memory left: lower the batch size (--max-batch-size")
+
+
+def test_memory_does_not_grow(job: Job, tmp_path: Path):
+    sample = SampleConfig(num_solver_steps=2, resolution=64)
+    config = small(tmp_path, sample=sample, total_pairs_per_epoch=2, gradient_steps_per_epoch=1, num_epochs=60, save_freq=10)
+    memory = [epoch["memory_gib"] for epoch in log_of(train(job, config, None).folder, "epoch")]
+    print(f"resident after 3, 30 and 60 epochs: {memory[2]}, {memory[29]}, {memory[59]} GiB")
+    assert memory[2] > 0.1 and all(abs(later - memory[2]) < 0.01 * memory[2] for later in (memory[29], memory[59]))
