@@ -132,6 +132,8 @@ def start_job(timeout_minutes: float = 30.0) -> Iterator[Job]:
     store = None
     if world_size > 1:
         store, rank, world_size = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store still has what the processes before left
+        store = dist.PrefixStore(f"attempt {attempt}", store)
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     yield Job(rank, world_size, device, store)

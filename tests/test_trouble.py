@@ -46,15 +46,23 @@ def test_a_scorer_that_goes_on_failing_stops_the_run_by_name(job: Job, tmp_path:
     assert find_checkpoint(str(tmp_path / "00000-custom-cfg_1p0")).folder.name == "epoch-0000001"
 
 
-@pytest.mark.parametrize("name", ["Hangs", "Dies"])
-def test_a_rank_that_hangs_or_dies_ends_the_job_with_its_name_and_stage(tmp_path: Path, name: str):
-    """By the timeout or by the loss of contact; the log and the checkpoint of the epoch before stay as they were."""
+def test_a_rank_that_hangs_ends_the_job_with_its_name_and_stage(tmp_path: Path):
+    """By the timeout; the log and the checkpoint of the epoch before stay as they were."""
     flags = ("--num-epochs", 3, "--save-freq", 1, "--timeout-minutes", 0.1, "--runs-dir", tmp_path)
-    done = torchrun(2, "train.py", *TINY_RUN, *flags, "--reward-specs", f"tests.own_scorers:{name}=1.0")
+    done = torchrun(2, "train.py", *TINY_RUN, *flags, "--reward-specs", "tests.own_scorers:Hangs=1.0")
     stage = "rank 1 (in|made no progress for 0.1 minutes in) reward of epoch 2"
     assert done.returncode != 0 and re.search(stage, done.stderr), done.stderr
     run = tmp_path / "00000-custom-cfg_1p0"
     assert len(log_of(run, "epoch")) == 1 and find_checkpoint(str(run)).folder.name == "epoch-0000001"
+
+
+def test_a_rank_that_dies_is_named_and_torchrun_continues_the_run(tmp_path: Path):
+    """Rank 1 is killed in the second epoch that its process scores: torchrun starts the job again, which finds its own run."""
+    flags = ("--num-epochs", 2, "--save-freq", 1, "--resume-from", "auto", "--runs-dir", tmp_path)
+    done = torchrun(2, "train.py", *TINY_RUN, *flags, "--reward-specs", "tests.own_scorers:Dies=1.0", restarts=1)
+    assert "rank 0 has lost the other processes" in done.stderr and "rank 1 in reward of epoch 2" in done.stderr
+    (run,) = tmp_path.iterdir()
+    assert done.returncode == 0 and len(log_of(run, "epoch")) == 2 and len(log_of(run, "start")) == 2
 
 
 STEP = StepStats(0.1, 0.1, 1.0, 1.0, 2.0, 1.0, True)
