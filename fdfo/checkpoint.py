@@ -8,7 +8,7 @@ from pathlib import Path
 from fdfo.command_line import check_train_config
 from fdfo.config import TrainConfig, UserError, config_from_json
 from fdfo.hub import ADAPTER, check_adapter_files, download_folder
-from fdfo.manifest import LARGEST_JSON, is_folder, read_bounded, sealed_state
+from fdfo.manifest import LARGEST_JSON, is_file, is_folder, read_bounded, sealed_state
 
 AUTO = "auto"
 CFG_IN_NAME = re.compile(r"(no-cfg|cfg[-_](\d+)[.p](\d+))(?=[/_-]|$)")
@@ -59,9 +59,9 @@ def find_checkpoint(text: str) -> Checkpoint:
             folder = newest_whole(folder)
             if folder is None:
                 raise UserError(f"{text} holds no whole checkpoint: start the run anew, or give another folder.")
-    check_adapter_files(folder, text)
-    if (folder / STATE).is_file():
+    if is_file(folder / STATE):
         read_state(folder)
+    check_adapter_files(folder, text)
     parent = folder.resolve().parent
     in_run = not hub and parent.name == "checkpoints" and (parent.parent / "config.json").is_file()
     return Checkpoint(folder, parent.parent if in_run else None)

@@ -1,6 +1,7 @@
 """The run folder, its log, and the clock of the stages."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -61,6 +62,17 @@ def reopen_run_folder(run: Path, config: TrainConfig, reached: tuple[int, int]) 
                 folder.rename(folder.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{folder.name}"))
     except OSError as error:
         raise UserError(f"{run} cannot be written ({error.strerror}): resume from a copy that can.") from error
+
+
+def claim(run: Path) -> None:
+    """Lets no other process train in a run folder until this one has ended, however it ends. Raises UserError if one does."""
+    try:
+        descriptor = os.open(run / ".claim", os.O_RDWR | os.O_CREAT)  # never closed, since closing it would end the claim
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(
+            f"{run} cannot be claimed ({error.strerror}): another process may be training in it, end that one."
+        ) from error
 
 
 def default_reward_name(config: TrainConfig) -> str:

@@ -10,7 +10,7 @@ from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job, check_device
 from fdfo.health import Health
 from fdfo.hub import fetch_prompt_set
-from fdfo.logger import RunLog, check_writable, create_run_folder, reopen_run_folder
+from fdfo.logger import RunLog, check_writable, claim, create_run_folder, reopen_run_folder
 from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_batches
 from fdfo.prompts import load_prompts
@@ -70,18 +70,21 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
 
 def open_folder(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, started: Path | None, progress: Progress) -> Path:
     """The run folder: that of the checkpoint, or the one to begin again in, or a new one; says which."""
-    if checkpoint is not None and checkpoint.resumable:
-        job.on_main(lambda: reopen_run_folder(checkpoint.run, config, (progress.epochs, len(progress.steps))))
+    resumed = checkpoint.run if checkpoint is not None and checkpoint.resumable else started
+    if resumed is None:
+        if checkpoint is not None:
+            job.print(f"{checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
+        folder = job.on_main(lambda: create_run_folder(config))
+        job.on_main(lambda: claim(folder))
+        return folder
+    job.on_main(lambda: claim(resumed))
+    job.on_main(lambda: reopen_run_folder(resumed, config, (-1, 0) if started else (progress.epochs, len(progress.steps))))
+    if started is not None:
+        job.print(f"{resumed} has no whole checkpoint: beginning again in it")
+    else:
         steps = f" and {len(progress.steps)} optimizer steps of the next" if progress.steps else ""
-        job.print(f"resuming {checkpoint.run} after epoch {progress.epochs}{steps}")
-        return checkpoint.run
-    if checkpoint is not None:
-        job.print(f"{checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
-    if started is None:
-        return job.on_main(lambda: create_run_folder(config))
-    job.on_main(lambda: reopen_run_folder(started, config, (-1, 0)))
-    job.print(f"{started} has no whole checkpoint: beginning again in it")
-    return started
+        job.print(f"resuming {resumed} after epoch {progress.epochs}{steps}")
+    return resumed
 
 
 def check_heldout(job: Job, config: TrainConfig) -> None:

@@ -53,6 +53,7 @@ def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, started:
             job.print(
                 f"{stopped}; " + ("the run is complete" if complete else f"go on with\n  {resume_command(job, config, run)}")
             )
+            run.log.close()
             raise
     return run
 

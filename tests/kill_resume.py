@@ -101,7 +101,7 @@ def final_files(run: Path) -> list[bytes]:
 
 def trial(folder: Path, straight: Path, chance: random.Random, aim: str | None, seconds: float) -> tuple[list[str], bool]:
     """One run, killed once, and a second time while it resumes in one of four; where, and whether its end is the same."""
-    places = [TinyRun(folder).kill(aim, chance.uniform(0, seconds * (0.3 if aim else 1)), chance.uniform(0, 0.01))]
+    places = [TinyRun(folder).kill(aim, chance.uniform(0, seconds * (0.3 if aim else 0.9)), chance.uniform(0, 0.01))]
     if chance.random() < 0.25:
         again = chance.choice(["reopening the run folder", "reading a checkpoint"])
         places.append(TinyRun(folder).kill(again, 0, chance.uniform(0, 0.01)))

@@ -6,6 +6,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,3 +189,18 @@ def test_auto_finds_its_own_run(runs: list[Path], tmp_path: Path):
     shutil.rmtree(own / "checkpoints")
     assert find_own_run(config) == (None, own)
     assert same(final_state(train(JOB, config, None, own).folder, 3), final_state(runs[0], 3))
+
+
+def test_two_processes_do_not_train_in_one_folder(runs: list[Path], tmp_path: Path):
+    run = tmp_path / runs[0].name
+    shutil.copytree(runs[0], run)
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", hold, run / ".claim"], **pipes) as other:
+        other.stdout.readline()
+        before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+        with pytest.raises(UserError, match="another process may be training in it"):
+            train(JOB, small(tmp_path, num_epochs=4), find_checkpoint(str(run)))
+        assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+        other.stdin.close()
+    assert train(JOB, small(tmp_path, num_epochs=4), find_checkpoint(str(run))).progress.epochs == 4
