@@ -6,9 +6,10 @@ torchrun --nproc_per_node=8 train.py --reward-preset pickscore
 """
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fdfo.command_line import flag_value, parse_train_config
+from fdfo.command_line import check_own_code, flag_value, parse_train_config, timeout_minutes
 from fdfo.config import TrainConfig
 from fdfo.distributed import Job, check_device, exit_on_user_error, start_job
 
@@ -20,31 +21,47 @@ if TYPE_CHECKING:
 
 def main() -> None:
     argv = sys.argv[1:]
-    with start_job() as job:
-        checkpoint, saved = None, None
-        if resume_from := flag_value(argv, "--resume-from"):
-            from fdfo.checkpoint import find_checkpoint, saved_config
-
-            checkpoint = job.on_main(lambda: find_checkpoint(resume_from))
-            saved = saved_config(checkpoint) if checkpoint.resumable else None
-        config = parse_train_config(argv, saved, quiet=not job.is_main)
+    with start_job(timeout_minutes(argv)) as job:
+        config, checkpoint, started = read_command_line(job, argv)
         check_device(config.precision, job.device)
-        assert (config.resume_from or "") == resume_from
-        train_and_compare(job, config, checkpoint)
+        train_and_compare(job, config, checkpoint, started)
 
 
-def train_and_compare(job: Job, config: TrainConfig, checkpoint: "Checkpoint | None") -> None:
+def read_command_line(job: Job, argv: list[str]) -> "tuple[TrainConfig, Checkpoint | None, Path | None]":
+    """The config, over that of the run to resume where one is named; the checkpoint, or the run folder, to go on from."""
+    resume_from = flag_value(argv, "--resume-from")
+    if not resume_from:
+        return parse_train_config(argv, quiet=not job.is_main), None, None
+    from fdfo.checkpoint import AUTO, find_checkpoint, find_own_run, saved_config
+
+    if resume_from == AUTO:
+        config = parse_train_config(argv, quiet=not job.is_main)
+        return config, *job.on_main(lambda: find_own_run(config))
+    checkpoint = job.on_main(lambda: find_checkpoint(resume_from))
+    saved = saved_config(checkpoint) if checkpoint.resumable else None
+    config = parse_train_config(argv, saved, quiet=not job.is_main)
+    assert config.resume_from == resume_from
+    if saved is not None:
+        check_own_code(argv, config)
+    return config, checkpoint, None
+
+
+def train_and_compare(job: Job, config: TrainConfig, checkpoint: "Checkpoint | None", started: Path | None) -> None:
     """Trains, says where everything is, and compares base and adapter where there are held-out prompts."""
     from fdfo.comparison import compare_with_base
+    from fdfo.preemption import Stopped
     from fdfo.trainer import train
 
-    run = train(job, config, checkpoint)
+    try:
+        run = train(job, config, checkpoint, started)
+    except Stopped:  # told already, and no mistake: exit code 0
+        return
     job.print(f"run: {run.folder}\nlog: {run.folder / 'training_log.jsonl'}")
     if config.heldout_prompt_set is not None:
         comparisons = compare_with_base(job, run.model, config, run.heldout, run.folder)
         job.print(f"before and after: {run.folder / 'before_after.png'}")
         for comparison in comparisons:
-            run.log.write("heldout", run.epochs_done, **vars(comparison))
+            run.log.write("heldout", run.progress.epochs, **vars(comparison))
             job.print(comparison.describe())
     run.log.close()
 

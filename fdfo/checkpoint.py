@@ -1,27 +1,26 @@
-"""Checkpoints: a PEFT adapter, and beside it the state that resumes a run exactly. Written whole or not at all."""
+"""Which checkpoint a user means, what it belongs to, and whether it is whole."""
 
 import dataclasses
-import json
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
+from fdfo.command_line import check_train_config
 from fdfo.config import TrainConfig, UserError, config_from_json
 from fdfo.hub import ADAPTER, check_adapter_files, download_folder
-from fdfo.model import FlowModel
-from fdfo.update import LossScale
+from fdfo.manifest import LARGEST_JSON, is_file, is_folder, read_bounded, sealed_state
 
+AUTO = "auto"
 CFG_IN_NAME = re.compile(r"(no-cfg|cfg[-_](\d+)[.p](\d+))(?=[/_-]|$)")
-STATE, TENSORS = "training_state.json", "training_state.safetensors"
+CHECKPOINT_NAME = re.compile(r"epoch-(\d{7,})(?:-step-(\d{7,}))?")
+STATE, TENSORS, EPOCH_START = "training_state.json", "training_state.safetensors", "epoch_start.safetensors"
 FIXED_ON_RESUME = (
     "seed", "vlm_model_name", "lora_rank", "lora_alpha", "pretrained_model", "prompt_set", "total_pairs_per_epoch", "gradient_steps_per_epoch",
     "sample", "churn", "reward_preset", "reward_specs", "precision",
+)  # fmt: skip
+FREE_FOR_AUTO = (
+    "runs_dir", "num_epochs", "save_freq", "keep_last", "keep_every", "resume_from", "vlm_use_fsdp", "memory_efficient", "max_batch_size",
+    "log_wandb", "strict", "timeout_minutes", "heldout_prompt_set", "heldout_prompts", "heldout_metrics", "compile",
 )  # fmt: skip
 
 
@@ -46,41 +45,111 @@ class Checkpoint:
 
 
 def find_checkpoint(text: str) -> Checkpoint:
-    """The checkpoint that a user names: a checkpoint folder, a run folder (its latest one), or a folder on the hub.
+    """The checkpoint that a user names: a checkpoint folder, a run folder (its newest whole one), or a folder on the hub.
 
-    Hub names are https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER and hf:OWNER/NAME/FOLDER; that folder alone is
-    downloaded. Raises UserError when there is no adapter.
+    Hub names are https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER and hf:OWNER/NAME/FOLDER; that folder's adapter
+    alone is downloaded. Raises UserError when there is no adapter, or a training state beside it that is not whole.
     """
     hub = "://" in text or text.startswith("hf:")
     if hub:
         folder = download_folder(text)
     else:
         folder = Path(text)
-        if (folder / "checkpoints").is_dir():
-            folder = run_checkpoints(folder)[-1]
+        if is_folder(folder / "checkpoints"):
+            folder = newest_whole(folder)
+            if folder is None:
+                raise UserError(f"{text} holds no whole checkpoint: start the run anew, or give another folder.")
+    if is_file(folder / STATE):
+        read_state(folder)
     check_adapter_files(folder, text)
     parent = folder.resolve().parent
     in_run = not hub and parent.name == "checkpoints" and (parent.parent / "config.json").is_file()
     return Checkpoint(folder, parent.parent if in_run else None)
 
 
+def read_state(folder: Path) -> dict:
+    """The training state of a checkpoint folder. Raises UserError unless all of the folder is as it was written."""
+    return sealed_state(folder, STATE, ("adapter_config.json", ADAPTER, TENSORS, EPOCH_START))
+
+
+def checkpoint_name(epochs: int, steps: int) -> str:
+    """After whole epochs, and optimizer steps of the next one where there are any."""
+    return f"epoch-{epochs:07d}" + (f"-step-{steps:07d}" if steps else "")
+
+
+def position(folder: Path) -> tuple[int, int]:
+    """Whole epochs and further optimizer steps, from a checkpoint folder's name."""
+    epochs, steps = CHECKPOINT_NAME.fullmatch(folder.name).groups()
+    return int(epochs), int(steps or 0)
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, whole or not."""
+    return sorted((p for p in (run / "checkpoints").glob("epoch-*") if CHECKPOINT_NAME.fullmatch(p.name)), key=position)
+
+
 def run_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest first. Raises UserError when there is none."""
-    complete = sorted(p for p in (run / "checkpoints").glob("epoch-*") if (p / STATE).is_file())
-    if not complete:
+    """A run's checkpoints after whole epochs, oldest first. Raises UserError when there is none."""
+    found = [folder for folder in all_checkpoints(run) if position(folder)[1] == 0 and (folder / STATE).is_file()]
+    if not found:
         raise UserError(f"{run} holds no complete checkpoint yet: start the run anew, or give another folder.")
-    return complete
+    return found
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; says which ones it had to pass over."""
+    for folder in reversed(all_checkpoints(run)):
+        try:
+            read_state(folder)
+        except UserError as error:
+            print(f"warning: {folder.name} is passed over: {error}", flush=True)
+        else:
+            return folder
+    return None
+
+
+def find_own_run(config: TrainConfig) -> tuple[Checkpoint | None, Path | None]:
+    """What --resume-from auto goes on from: the newest whole checkpoint of the config's own run, or its folder without any.
+
+    That run is the folder in --runs-dir with the highest number whose config.json differs in FREE_FOR_AUTO at most; where
+    there is none, neither is given.
+    """
+    for folder in sorted(config.runs_dir.glob("[0-9]" * 5 + "-*"), reverse=True):
+        try:
+            saved = read_config(folder / "config.json")
+        except UserError:  # not a run of this version, so not this one
+            continue
+        if deciding_settings(saved) == deciding_settings(config):
+            newest = newest_whole(folder)
+            return (None, folder) if newest is None else (Checkpoint(newest, folder), None)
+    return None, None
+
+
+def deciding_settings(config: TrainConfig) -> TrainConfig:
+    """The config with all that does not change a run's numbers at its default."""
+    default = TrainConfig()
+    return dataclasses.replace(
+        config,
+        sample=dataclasses.replace(config.sample, batch_size=None),
+        train=dataclasses.replace(config.train, batch_size=None),
+        **{name: getattr(default, name) for name in FREE_FOR_AUTO},
+    )
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A run's config.json, with numbers that a run can have. Raises UserError for anything else."""
+    try:
+        text = read_bounded(path, LARGEST_JSON).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a run's config.json ({error}): restore the file or start a new run.") from error
+    config = config_from_json(text, str(path))
+    check_train_config(config)
+    return config
 
 
 def saved_config(checkpoint: Checkpoint) -> TrainConfig | None:
     """The config of the run that a checkpoint belongs to."""
-    if checkpoint.run is None:
-        return None
-    path = checkpoint.run / "config.json"
-    try:
-        return config_from_json(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a run's config.json: restore the file or start a new run.") from error
+    return None if checkpoint.run is None else read_config(checkpoint.run / "config.json")
 
 
 def trained_guidance(checkpoint: Checkpoint) -> float | None:
@@ -116,58 +185,3 @@ def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
             raise UserError(
                 f"--{flag} was {before} in the run to resume and is {now} now: leave it as it was, or start a new run."
             )
-
-
-def save_checkpoint(
-    run: Path, epoch: int, model: FlowModel, optimizer: torch.optim.AdamW, scale: LossScale, samples: int
-) -> Path:
-    """Writes checkpoints/epoch-NNNNNNN after `epoch` whole epochs: adapter, optimizer, loss scale, counters."""
-    final = run / "checkpoints" / f"epoch-{epoch:07d}"
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        config = model.peft.peft_config["default"]
-        config.base_model_name_or_path = model.name
-        config.save_pretrained(str(partial))
-        save_file(model.adapter_state(), partial / ADAPTER, metadata={"format": "pt"})
-        save_file(optimizer_tensors(model, optimizer), partial / TENSORS)
-        counters = {"epoch": epoch, "samples": samples, "loss_scale": dataclasses.asdict(scale)}
-        (partial / STATE).write_text(json.dumps(counters, indent=2) + "\n")
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"The checkpoint {final} cannot be written ({error}): make room or give another --runs-dir.") from error
-    return final
-
-
-def optimizer_tensors(model: FlowModel, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """AdamW's state under the parameters' names."""
-    tensors = {}
-    for name, parameter in model.named_trainable():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}:{name}"] = value.detach().cpu().contiguous()
-    return tensors
-
-
-def load_training_state(checkpoint: Checkpoint, model: FlowModel, optimizer: torch.optim.AdamW) -> tuple[int, LossScale, int]:
-    """Restores the optimizer; returns the number of epochs done, the loss scale and the samples seen. Raises UserError."""
-    try:
-        counters = json.loads((checkpoint.folder / STATE).read_text())
-        tensors = load_file(checkpoint.folder / TENSORS)
-        for name, parameter in model.named_trainable() if tensors else ():  # none yet where no step was applied
-            state = {key: tensors[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            if state["exp_avg"].shape != parameter.shape:
-                raise ValueError(f"{name} has another shape")
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
-        return int(counters["epoch"]), LossScale(**counters["loss_scale"]), int(counters["samples"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"The training state in {checkpoint.folder} is damaged ({error}): resume from another checkpoint."
-        ) from error

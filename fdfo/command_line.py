@@ -28,6 +28,28 @@ def flag_value(argv: Sequence[str], flag: str) -> str:
     return value
 
 
+def timeout_minutes(argv: Sequence[str]) -> float:
+    """--timeout-minutes, which the processes need before they can read the rest together. Raises UserError."""
+    text = flag_value(argv, "--timeout-minutes")
+    try:
+        return check_timeout(float(text)) if text else TrainConfig.timeout_minutes
+    except ValueError as error:
+        raise UserError(f"--timeout-minutes is {text}: give a number above 0, up to 100000.") from error
+
+
+def check_timeout(minutes: float) -> float:
+    if not 0 < minutes <= 1e5:
+        raise UserError(f"--timeout-minutes is {minutes}: give a number above 0, up to 100000.")
+    return minutes
+
+
+def check_own_code(argv: Sequence[str], config: TrainConfig) -> None:
+    """Raises UserError where a config.json alone names code to run: it may be someone else's file, so the user must name it too."""
+    for flag, names in (("--reward-specs", config.reward_specs), ("--heldout-metrics", config.heldout_metrics)):
+        if any(":" in name for name in names) and not flag_value(argv, flag):
+            raise UserError(f"The run to resume uses code of your own: say so again with {flag} {' '.join(names)}.")
+
+
 def check_train_config(config: TrainConfig) -> None:
     """Raises UserError for numbers that no run can have."""
     at_least_one = {
@@ -41,9 +63,16 @@ def check_train_config(config: TrainConfig) -> None:
         "--gradient-steps-per-epoch": config.gradient_steps_per_epoch,
         "--heldout-prompts": config.heldout_prompts,
     }
+    at_least_one |= {
+        "--keep-last": 1 if config.keep_last is None else config.keep_last,
+        "--keep-every": 1 if config.keep_every is None else config.keep_every,
+    }
     for flag, value in at_least_one.items():
-        if value < 1:
-            raise UserError(f"{flag} is {value}: give a whole number of 1 or more.")
+        if not 1 <= value <= 1_000_000:
+            raise UserError(f"{flag} is {value}: give a whole number from 1 to 1,000,000.")
+    if config.keep_every is not None and config.keep_last is None:
+        raise UserError("--keep-every has no effect without --keep-last, which bounds the checkpoints kept: give both.")
+    check_timeout(config.timeout_minutes)
     positive = {"learning-rate": config.train.learning_rate, "clip-range": config.train.clip_range}
     positive |= {"adam-epsilon": config.train.adam_epsilon, "max-grad-norm": config.train.max_grad_norm}
     for flag, value in positive.items():

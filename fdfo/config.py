@@ -83,8 +83,20 @@ class TrainConfig:
     """epochs of the whole run, those before a resume included"""
     save_freq: int = 5
     """epochs between checkpoints; the last epoch is always saved"""
+    keep_last: int | None = None
+    """newest checkpoints to keep on the disk; all if left out"""
+    keep_every: int | None = None
+    """with --keep-last: keep every checkpoint whose epoch is a multiple of this too"""
     resume_from: str | None = None
-    """checkpoint folder, run folder (its latest checkpoint) or hub URL to go on from"""
+    """checkpoint folder, run folder (its newest whole checkpoint) or hub URL to go on from; or auto: the run folder with the
+    highest number in --runs-dir whose settings are those of this command line, whatever --num-epochs, --save-freq, --keep-...,
+    --max-batch-size, the two --...batch-size, --memory-efficient, --compile, --vlm-use-fsdp, --log-wandb, --strict, --timeout-minutes and
+    --heldout-... say, from its newest whole checkpoint or, where it has none, from its beginning; a new run where there is no
+    such folder"""
+    strict: bool = False
+    """stop with a checkpoint where an epoch's health check warns"""
+    timeout_minutes: float = 30.0
+    """minutes without progress (a micro-batch, an optimizer step, a stage) after which the job is ended"""
     lora_rank: int = 32
     """rank of the LoRA"""
     lora_alpha: int = 64
@@ -247,7 +259,7 @@ def config_from_json(text: str, source: str) -> TrainConfig:
     """The TrainConfig that config_to_json wrote. Raises UserError, naming the source, for anything else."""
     try:
         return _build(TrainConfig, json.loads(text))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{source} is not a run's config.json of this version ({error}): restore the file or start a new run."
         ) from error

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from fdfo.config import UserError
 
 T = TypeVar("T")
+LOST = 3  # exit code of a process that has lost the others, or that made no progress
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Job:
     rank: int
     world_size: int
     device: torch.device
+    store: dist.Store | None = None  # what the ranks tell each other outside collectives; none for one process
 
     @property
     def is_main(self) -> bool:
@@ -43,7 +46,8 @@ class Job:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            with self.contact():
+                dist.all_reduce(tensor)
         return tensor
 
     def max(self, value: int) -> int:
@@ -55,7 +59,8 @@ class Job:
         if self.world_size == 1:
             return [value]
         values: list[T] = [None] * self.world_size  # type: ignore[list-item]
-        dist.all_gather_object(values, value)
+        with self.contact():
+            dist.all_gather_object(values, value)
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
@@ -68,12 +73,41 @@ class Job:
             except Exception as error:  # raised again below, once the other ranks know
                 failure, outcome[1] = error, str(error)
         if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0, device=self.device)
+            with self.contact():
+                dist.broadcast_object_list(outcome, src=0, device=self.device)
         if failure is not None:
             raise failure
         if outcome[1] is not None:
             raise UserError(outcome[1])
         return outcome[0]
+
+    def post(self, stage: str) -> None:
+        """Lets the other ranks know where this one is."""
+        if self.store is not None:
+            self.store.set(f"stage {self.rank}", stage)
+
+    def whereabouts(self) -> str:
+        """The stage that each rank has told last."""
+        if self.store is None:
+            return ""
+        ranks = [rank for rank in range(self.world_size) if self.store.check([f"stage {rank}"])]
+        return ", ".join(f"rank {rank} {self.store.get(f'stage {rank}').decode()}" for rank in ranks)
+
+    @contextlib.contextmanager
+    def contact(self) -> Iterator[None]:
+        """A collective. Where it fails another rank is gone: says where all of them were, and ends the process at once."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            places = self.whereabouts() or "before the first stage"
+            print(
+                f"error: rank {self.rank} has lost the other processes ({reason}); last seen: {places}. Resume the run from its "
+                "newest checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(LOST)  # torchrun may be about to end this process too, and a tidy exit would wait for the lost rank
 
     def print(self, *parts: object) -> None:
         if self.is_main:
@@ -81,8 +115,11 @@ class Job:
 
 
 @contextlib.contextmanager
-def start_job() -> Iterator[Job]:
-    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or stands alone without torchrun."""
+def start_job(timeout_minutes: float = 30.0) -> Iterator[Job]:
+    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or stands alone without torchrun.
+
+    A process that waits longer than timeout_minutes for the others ends.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -92,9 +129,14 @@ def start_job() -> Iterator[Job]:
                 f"There are {torch.cuda.device_count()} GPU(s) here: start that many processes or fewer on this machine."
             )
         torch.cuda.set_device(device)
+    store = None
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    yield Job(rank, world_size, device)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store still has what the processes before left
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    yield Job(rank, world_size, device, store)
     if world_size > 1:  # not after an error: the other ranks may wait in a collective until torchrun ends them
         dist.destroy_process_group()
 
@@ -109,14 +151,16 @@ def check_device(precision: str, device: torch.device) -> None:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Runs a command line; a UserError becomes one sentence on stderr and exit code 2.
+    """Runs a command line; a UserError, or a full GPU, becomes one sentence on stderr and exit code 2.
 
     Where all ranks fail alike rank 0 says so and torchrun ends the others; a rank that is still there after ten seconds
     has failed alone and speaks for itself.
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "The GPU has no memory left: lower the batch size (--max-batch-size in train.py, --batch-size elsewhere)."
         rank = int(os.environ.get("RANK", 0))
         if rank:
             time.sleep(10)

@@ -11,6 +11,7 @@ from fdfo.checkpoint import Checkpoint, find_checkpoint, guidance_warning, run_c
 from fdfo.config import MetricsConfig, TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.logger import progress_bar
+from fdfo.manifest import is_folder
 from fdfo.model import FlowModel
 from fdfo.picture_folder import PromptPictures, read_pictures, save_picture
 from fdfo.pictures import PictureText, check_settings, draw_pictures, encode_for_pictures, load_for_pictures
@@ -39,7 +40,7 @@ def find_subjects(config: MetricsConfig) -> list[Subject]:
     for name in config.checkpoint or ("base",):
         if name == "base":
             found.append(None)
-        elif (Path(name) / "checkpoints").is_dir():
+        elif is_folder(Path(name) / "checkpoints"):
             found += [find_checkpoint(str(folder)) for folder in run_checkpoints(Path(name))]
         else:
             found.append(find_checkpoint(name))

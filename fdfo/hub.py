@@ -15,16 +15,19 @@ from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from fdfo.adapter_config import check_adapter_config
 from fdfo.config import UserError
-from fdfo.prompts import PROMPT_SETS
+from fdfo.manifest import is_file, read_bounded, read_json
+from fdfo.prompts import LARGEST_PROMPT_FILE, PROMPT_SETS
 from fdfo.tiny import TINY_MODEL
 
 BUNDLED_MODELS = {"tiny": TINY_MODEL}
 ADAPTER = "adapter_model.safetensors"
 HPDV2 = "zhwang/HPDv2"
 HPDV2_STYLES, HPDV2_SIZE = ("anime", "concept-art", "paintings", "photo"), 3200
-HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/tree/([\w.-]+)/([\w./-]+?)/?")
-HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+?)/?")
+HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/tree/([\w.-]+)/([\w./-]+?)/?", re.ASCII)
+HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+?)/?", re.ASCII)
+LARGEST_ADAPTER = 2**33  # bytes; the method's adapter of SD3.5 Medium has 75 million
 diffusers.utils.logging.disable_progress_bar()  # a bar for every part of every model, on every rank
 transformers.utils.logging.disable_progress_bar()
 
@@ -33,7 +36,9 @@ def load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """StableDiffusion3Pipeline from a hub id, a folder or the bundled "tiny", on the CPU. Raises UserError when it cannot be had."""
     argument = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 42) else "torch_dtype"
     with hub_errors(name):
-        return StableDiffusion3Pipeline.from_pretrained(str(BUNDLED_MODELS.get(name, name)), **{argument: dtype})
+        return StableDiffusion3Pipeline.from_pretrained(
+            str(BUNDLED_MODELS.get(name, name)), use_safetensors=True, **{argument: dtype}
+        )
 
 
 @contextlib.contextmanager
@@ -58,28 +63,41 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def check_adapter_files(folder: Path, name: object) -> None:
-    """Raises UserError unless the folder, which the user calls name, holds the two files of a PEFT adapter."""
-    if not (folder / "adapter_config.json").is_file() or not (folder / ADAPTER).is_file():
+    """Raises UserError unless the folder, which the user calls name, holds the two files of a PEFT adapter, of sane sizes.
+
+    They may be anybody's.
+    """
+    if not is_file(folder / "adapter_config.json") or not is_file(folder / ADAPTER):
         raise UserError(
-            f"{name} holds no adapter: give a folder with adapter_config.json and {ADAPTER}, such as "
+            f"{str(name)[:300]} holds no adapter: give a folder with adapter_config.json and {ADAPTER}, such as "
             "runs/00000-NAME/checkpoints/epoch-0000005, or a run folder."
         )
+    try:
+        check_adapter_config(read_json(folder / "adapter_config.json"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder}/adapter_config.json is not the configuration of a plain LoRA adapter of PEFT ({error}): restore the file, or "
+            "give another adapter."
+        ) from error
+    if (folder / ADAPTER).stat().st_size > LARGEST_ADAPTER:
+        raise UserError(f"{folder}/{ADAPTER} has more than {LARGEST_ADAPTER} bytes: give a LoRA adapter.")
 
 
 def download_folder(text: str) -> Path:
-    """One folder of a hub repository, from the cache where it is there already. Raises UserError."""
+    """The adapter in one folder of a hub repository, from the cache where it is there already. Raises UserError."""
     if match := HUB_URL.fullmatch(text):
         repository, revision, folder = match.groups()
     elif match := HUB_SHORT.fullmatch(text):
         (repository, folder), revision = match.groups(), "main"
     else:
         raise UserError(
-            f"{text} is not a folder on the hub: write https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER or hf:OWNER/NAME/FOLDER."
+            f"{text[:300]!r} is not a folder on the hub: write https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER or hf:OWNER/NAME/FOLDER."
         )
-    if ".." in folder.split("/"):
-        raise UserError(f"{text} points outside its repository: give a plain folder name.")
+    if {"..", ".", ""} & {*repository.split("/"), revision, *folder.split("/")}:
+        raise UserError(f"{text[:300]!r} points outside its repository: give plain names.")
     with hub_errors(repository):
-        root = snapshot_download(repository, revision=revision, allow_patterns=[f"{folder}/*"])
+        files = [f"{folder}/{name}" for name in ("adapter_config.json", ADAPTER)]
+        root = snapshot_download(repository, revision=revision, allow_patterns=files)
     return Path(root) / folder
 
 
@@ -92,7 +110,7 @@ def fetch_prompt_set(name: str) -> str:
     with hub_errors(f"The prompt set hpdv2 (hub dataset {HPDV2})"):
         for style in HPDV2_STYLES:
             file = hf_hub_download(HPDV2, f"benchmark/{style}.json", repo_type="dataset")
-            part = json.loads(Path(file).read_text(encoding="utf-8"))
+            part = json.loads(read_bounded(Path(file), LARGEST_PROMPT_FILE).decode("utf-8"))
             if not isinstance(part, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in part):
                 raise ValueError(f"benchmark/{style}.json is not a list of prompts")
             prompts += [" ".join(prompt.splitlines()) for prompt in part]  # a line is a prompt

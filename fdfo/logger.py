@@ -1,22 +1,27 @@
 """The run folder, its log, and the clock of the stages."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 from tqdm import tqdm
 
+from fdfo.checkpoint import all_checkpoints, position
 from fdfo.config import TrainConfig, UserError, config_to_dict, config_to_json
 from fdfo.distributed import Job
+from fdfo.manifest import whole_folder, write_whole
 
 T = TypeVar("T")
 
@@ -39,24 +44,35 @@ def create_run_folder(config: TrainConfig) -> Path:
         config.runs_dir.mkdir(parents=True, exist_ok=True)
         taken = [int(p.name[:5]) for p in config.runs_dir.iterdir() if re.match(r"\d{5}-", p.name)]
         run = config.runs_dir / f"{max(taken, default=-1) + 1:05d}-{name}"
-        run.mkdir()
-        (run / "config.json").write_text(config_to_json(config), encoding="utf-8")
+        with whole_folder(run) as folder:
+            (folder / "config.json").write_text(config_to_json(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"No run folder can be made in {config.runs_dir} ({error.strerror}): give another --runs-dir.") from error
     return run
 
 
-def reopen_run_folder(run: Path, config: TrainConfig, epochs_done: int) -> None:
-    """Makes config.json say what the resumed run does, and sets checkpoints aside that it leaves behind by going on earlier."""
+def reopen_run_folder(run: Path, config: TrainConfig, reached: tuple[int, int]) -> None:
+    """Makes config.json say what the resumed run does, and sets checkpoints aside that lie behind the position it goes on from."""
     try:
-        partial = run / ".config.json.partial"
-        partial.write_text(config_to_json(config), encoding="utf-8")
-        partial.rename(run / "config.json")
-        for folder in (run / "checkpoints").glob("epoch-*"):
-            if int(folder.name.removeprefix("epoch-")) > epochs_done:
+        write_whole(run / "config.json", config_to_json(config))
+        for partial in run.glob("checkpoints/.*.partial"):  # of a process that was killed while it wrote or deleted one
+            shutil.rmtree(partial)
+        for folder in all_checkpoints(run):
+            if position(folder) > reached:
                 folder.rename(folder.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{folder.name}"))
     except OSError as error:
         raise UserError(f"{run} cannot be written ({error.strerror}): resume from a copy that can.") from error
+
+
+def claim(run: Path) -> None:
+    """Lets no other process train in a run folder until this one has ended, however it ends. Raises UserError if one does."""
+    try:
+        descriptor = os.open(run / ".claim", os.O_RDWR | os.O_CREAT)  # never closed, since closing it would end the claim
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(
+            f"{run} cannot be claimed ({error.strerror}): another process may be training in it, end that one."
+        ) from error
 
 
 def default_reward_name(config: TrainConfig) -> str:
@@ -66,17 +82,17 @@ def default_reward_name(config: TrainConfig) -> str:
 class RunLog:
     """training_log.jsonl, one object a line, of kind start, step or epoch; and Weights & Biases where asked for."""
 
-    def __init__(self, run: Path, config: TrainConfig, epochs_done: int, main: bool):
-        """Lines of epochs that a resumed run will do again are taken out first. Only the main process writes."""
+    def __init__(self, run: Path, config: TrainConfig, epochs_done: int, steps_done: int, main: bool):
+        """Lines of what a resumed run will do again are taken out first. Only the main process writes."""
         self.path, self.main, self.wandb = run / "training_log.jsonl", main, None
+        self.gradient_norms: list[float] = []  # of the optimizer steps so far
         if not main:
             return
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs_done]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.rename(self.path)
+            lines = [line for line in self.read() if done_before(line, epochs_done, steps_done, config.num_epochs)]
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            norms = [line.get("grad_norm") for line in lines if line["kind"] == "step"]
+            self.gradient_norms = [norm for norm in norms if norm is not None]  # null stands for one that was not finite
         if config.log_wandb:
             import wandb
 
@@ -87,6 +103,22 @@ class RunLog:
                 project="fdfo", name=run.name, dir=run, config=config_to_dict(config), resume="allow", id=mark.read_text().strip()
             )
 
+    def read(self) -> list[dict]:
+        """The lines of a log that was there before, but for one that a killed process has not ended. Raises UserError."""
+        lines = []
+        for number, text in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), start=1):
+            try:
+                line = json.loads(text)
+                numbers = line["epoch"], line.get("step", 0), line.get("grad_norm") or 0
+                if not (isinstance(line["kind"], str) and all(isinstance(number, int | float) for number in numbers)):
+                    raise ValueError("not a line of this log")
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                if not text.endswith("\n"):
+                    break
+                raise UserError(f"Line {number} of {self.path} is damaged: take that line out, then resume.") from error
+            lines.append(line)
+        return lines
+
     def write(self, kind: str, epoch: int, **values: object) -> None:
         """Appends one object. epoch counts whole epochs done once this line's epoch is over."""
         if not self.main:
@@ -94,12 +126,22 @@ class RunLog:
         line = {"kind": kind, "epoch": epoch} | {name: as_json(value) for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # no checkpoint outlives the lines before it
         if self.wandb is not None:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"epoch": epoch})
 
     def close(self) -> None:
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def done_before(line: dict, epochs: int, steps: int, last: int) -> bool:
+    """Whether a line of the log is of these whole epochs, or of the steps after them; the comparison at the end is made again."""
+    if line["kind"] == "heldout":
+        return line["epoch"] < last
+    step_done = line["kind"] == "step" and line["epoch"] == epochs + 1 and line.get("step", steps + 1) <= steps
+    return line["epoch"] <= epochs or step_done
 
 
 def as_json(value: object) -> object:
@@ -148,6 +190,13 @@ def progress_bar(job: Job, total: int, what: str) -> tqdm:
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide about numbers."""
     return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory in use now: allocated on the GPU, or resident on the CPU, GiB."""
+    if device.type == "cuda":
+        return round(torch.cuda.memory_allocated(device) / 2**30, 4)
+    return round(psutil.Process().memory_info().rss / 2**30, 4)
 
 
 def peak_memory_gib(device: torch.device) -> float:

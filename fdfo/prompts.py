@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from fdfo.config import UserError
+from fdfo.manifest import is_file, read_bounded
 
+LARGEST_PROMPT_FILE, LONGEST_PROMPT = 2**28, 100_000  # bytes; characters
 PROMPT_SETS = Path(__file__).parent.parent / "prompt_sets"
 PICKSCORE_COMMAND = (
     "curl -L -o prompt_sets/pickscore_train.txt https://raw.githubusercontent.com/yifan123/flow_grpo/"
@@ -22,12 +24,15 @@ def load_prompts(name: str) -> list[str]:
     Raises UserError when there is no such set or file, nothing in it, or something else than was published.
     """
     path = Path(name) if "/" in name or name.endswith(".txt") else PROMPT_SETS / f"{name}.txt"
-    if not path.is_file():
+    if not is_file(path):
         if name == "pickscore_train":
             raise UserError(f"The prompt set pickscore_train is not here yet: fetch it with\n  {PICKSCORE_COMMAND}")
         known = ", ".join(sorted({p.stem for p in PROMPT_SETS.glob("*.txt")} | {"hpdv2", "pickscore_train"}))
-        raise UserError(f"There is no prompt set {name!r}: give a text file with one prompt a line, or one of {known}.")
-    content = path.read_bytes()
+        raise UserError(f"There is no prompt set {name[:300]!r}: give a text file with one prompt a line, or one of {known}.")
+    try:
+        content = read_bounded(path, LARGEST_PROMPT_FILE)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The prompt file {path} cannot be read ({error}): give a readable text file.") from error
     if name in PUBLISHED_SHA256 and hashlib.sha256(content).hexdigest() != PUBLISHED_SHA256[name]:
         raise UserError(f"{path} is not the published file (its SHA-256 differs): fetch it again with\n  {PICKSCORE_COMMAND}")
     try:
@@ -37,6 +42,8 @@ def load_prompts(name: str) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"The prompt file {path} has no prompts: write one prompt a line.")
+    if max(map(len, prompts)) > LONGEST_PROMPT:
+        raise UserError(f"The prompt file {path} has a line of more than {LONGEST_PROMPT} characters: write one prompt a line.")
     return prompts
 
 

@@ -1,5 +1,6 @@
 """One rank's share of an epoch: noise from positions, paired sampling, decoding, rewards, finite differences."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from fdfo.plan import BatchPlan, plan_churn
 from fdfo.sampling import interval_gammas, prior_gammas, raw_gammas, sample_pairs
 from rewards import WeightedReward
 
+MOST_DROPPED = 0.05  # share of pictures or pairs without a finite score or latent, above which a run cannot be trusted
 START, SCHEDULE, FIRST_CHURN = 0, 1, 2  # streams of a pair's noise; solver step i uses FIRST_CHURN + i
 
 
@@ -73,6 +75,7 @@ def sample_share(
     prompts: list[str],
     text: TextEmbeddings,
     empty: TextEmbeddings | None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """Samples the rank's pairs, plan.sample_batch at a time (METHOD.md 2)."""
     sigmas = model.sigmas(config.sample.num_solver_steps)
@@ -82,6 +85,7 @@ def sample_share(
     xs = torch.empty(n, len(sigmas) - 1, *shape, device=model.device, dtype=model.compute_type)
     velocities, final = torch.empty_like(xs), torch.empty(n, *shape, device=model.device)
     for start in range(0, len(pairs), plan.sample_batch):
+        before_batch()
         batch = pairs[start : start + plan.sample_batch]
         rows = slice(2 * start, 2 * (start + len(batch)))
         index = torch.arange(start, start + len(batch), device=model.device).repeat_interleave(2)
@@ -126,13 +130,15 @@ def both_branches(true: torch.Tensor) -> torch.Tensor:
 def check_first_scores(scores: dict[str, list[float]]) -> None:
     """Stops a run whose scorers do not work, before its first update: scores of all pictures of the job, by scorer."""
     for name, values in scores.items():
-        if not np.isfinite(values).all():
-            count = int((~np.isfinite(values)).sum())
+        finite = np.isfinite(values)
+        if not finite.mean() >= 1 - MOST_DROPPED:
+            count = int((~finite).sum())
             raise UserError(
                 f"The scorer {name} gave {count} of {len(values)} pictures a score that is not finite: mend the scorer."
             )
-        if np.ptp(values) == 0:
-            raise UserError(f"The scorer {name} gave all {len(values)} pictures the same score {values[0]}: mend the scorer.")
+        kept = np.asarray(values)[finite]
+        if np.ptp(kept) == 0:
+            raise UserError(f"The scorer {name} gave all {len(kept)} pictures the same score {kept[0]}: mend the scorer.")
 
 
 def gather_scores(job: Job, scores: dict[str, torch.Tensor]) -> dict[str, list[float]]:

@@ -1,64 +1,162 @@
 """The training loop (METHOD.md 2 to 4), one stage a line."""
 
-import math
-import time
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from fdfo.checkpoint import Checkpoint, save_checkpoint
+from fdfo.checkpoint import Checkpoint
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
-from fdfo.logger import StageClock, peak_memory_gib, versions
-from fdfo.model import FlowModel
+from fdfo.health import one_colour
+from fdfo.logger import StageClock, versions
+from fdfo.memory import fitting_plan
+from fdfo.model import FlowModel, TextEmbeddings
+from fdfo.preemption import Guard, LeaveStage, Stopped, guarded
 from fdfo.preparation import Run, prepare
 from fdfo.prompts import epoch_prompts
-from fdfo.rollout import Differences, check_first_scores, encode_prompts, gather_scores, sample_share, score_share
-from fdfo.update import StepStats, optimizer_step, step_samples
+from fdfo.report import announce, report_epoch, resume_command, strict_stop
+from fdfo.rollout import Differences, Rollout, check_first_scores, encode_prompts, gather_scores, sample_share, score_share
+from fdfo.training_state import adapter_copy, prune_checkpoints, save_checkpoint
+from fdfo.update import optimizer_step, step_samples
 from rewards import describe
 
 
-def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> Run:
-    """Trains to config.num_epochs epochs, from the start or from a checkpoint, and returns the finished run."""
-    run = prepare(job, config, checkpoint)
-    log, clock = run.log, StageClock(job.device)
+def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, started: Path | None = None) -> Run:
+    """Trains to config.num_epochs epochs, from the start or from a checkpoint, and returns the finished run.
+
+    started: the run folder to begin again in, of a run that has no checkpoint. Raises Stopped, with a checkpoint written,
+    when a signal asks for it.
+    """
+    run = prepare(job, config, checkpoint, started)
     facts = {"processes": job.world_size, "device": str(job.device), "compile_seconds": run.compile_seconds}
-    log.write("start", run.epochs_done, versions=versions(), scorers=describe(run.reward.scorers), **facts)
+    run.log.write("start", run.progress.epochs, versions=versions(), scorers=describe(run.reward.scorers), **facts)
     announce(job, config, run)
-    pairs = job.share(config.total_pairs_per_epoch)
-    model, start = run.model, run.epochs_done
-    for epoch in range(start, config.num_epochs):
-        with clock.stage("encode"):
-            prompts = epoch_prompts(run.prompts, epoch, config.total_pairs_per_epoch, config.seed)[pairs.start : pairs.stop]
-            text, guidance_text = encode_prompts(model, prompts, config)
-        with clock.stage("sample"):
-            rollout = sample_share(model, config, run.plan, epoch, pairs, prompts, text, guidance_text)
-        with clock.stage("decode"):
-            images = model.decode(rollout.final)
-        with clock.stage("reward"):
-            differences = score_share(rollout, images, run.reward)
-        if run.samples_seen == 0:
-            check_first_scores(gather_scores(job, differences.scores))
-        steps, untrained = [], lora_b(model) if run.samples_seen == 0 else None
-        with clock.stage("update"):
-            for samples, total in step_samples(run.plan, config, epoch, pairs):
-                stats = optimizer_step(
-                    job, model, config, run.plan, rollout, differences, guidance_text, samples, total,
-                    run.optimizer, run.scale, first=epoch == start and not steps,
-                )  # fmt: skip
-                if untrained is not None and stats.applied:
-                    check_adapter_moved(untrained, lora_b(model))
-                    untrained = None
-                steps.append(stats)
-                run.samples_seen += total
-                log.write("step", epoch + 1, step=len(steps), **vars(stats))
-        run.epochs_done = epoch + 1
-        report_epoch(job, config, run, clock, differences, steps)
-        with clock.stage("checkpoint"):  # after the log, so that a checkpoint never lacks its epoch's line
-            if run.epochs_done % config.save_freq == 0 or run.epochs_done == config.num_epochs:
-                job.on_main(
-                    lambda: save_checkpoint(run.folder, run.epochs_done, model, run.optimizer, run.scale, run.samples_seen)
-                )
+    run.plan = fitting_plan(job, config, run.model, run.plan)
+    with guarded(job, config.timeout_minutes) as guard:
+        stages = Stages(StageClock(job.device), guard)
+        try:
+            while run.progress.epochs < config.num_epochs:
+                train_epoch(job, config, run, stages)
+            guard.enter("the comparison with the base model")
+        except Stopped as stopped:
+            job.on_main(lambda: keep(config, run))
+            complete = run.progress.epochs == config.num_epochs
+            job.print(
+                f"{stopped}; " + ("the run is complete" if complete else f"go on with\n  {resume_command(job, config, run)}")
+            )
+            run.log.close()
+            raise
     return run
+
+
+@dataclass
+class Stages:
+    """Every stage of a run is timed, watched, and a place where all ranks can stop together."""
+
+    clock: StageClock
+    guard: Guard
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, epoch: int, step: int | None = None) -> Iterator[None]:
+        """A stage of the epoch with this index, and for the update of one of its steps. A rank that leaves it ends up behind it."""
+        place = name if step is None else f"step {step + 1} of the {name}"
+        self.guard.enter(f"{place} of epoch {epoch + 1}")
+        with self.clock.stage(name), contextlib.suppress(LeaveStage):  # the next agreement stops all ranks
+            yield
+
+
+@dataclass
+class Experience:
+    """What a rank's share of an epoch gives the update."""
+
+    rollout: Rollout
+    differences: Differences
+    one_colour: torch.Tensor  # [2P], 1 where the picture is of one colour
+    guidance_text: TextEmbeddings | None
+
+
+def train_epoch(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None:
+    """One epoch, or the rest of one that was stopped after some of its optimizer steps; then its checkpoint where one is due."""
+    progress, epoch = run.progress, run.progress.epochs
+    if not progress.steps:
+        progress.epoch_start = adapter_copy(run.model)
+    with adapter_of(run.model, progress.epoch_start):
+        experience = collect(job, config, run, stages)
+    update(job, config, run, stages, experience)
+    steps, progress.steps, progress.epochs = progress.steps, [], epoch + 1
+    warnings = report_epoch(job, config, run, stages.clock.read(), experience.differences, experience.one_colour, steps)
+    stop = config.strict and bool(warnings)
+    with stages("checkpoint", epoch):  # after the log, so that a checkpoint never lacks its epoch's line
+        if progress.epochs % config.save_freq == 0 or progress.epochs == config.num_epochs or stop:
+            job.on_main(lambda: keep(config, run))
+    if stop:
+        raise strict_stop(run, warnings)
+
+
+def collect(job: Job, config: TrainConfig, run: Run, stages: Stages) -> Experience:
+    """Everything up to the update, by the adapter of the epoch's start."""
+    epoch, model, pairs = run.progress.epochs, run.model, job.share(config.total_pairs_per_epoch)
+    with stages("encode", epoch):
+        prompts = epoch_prompts(run.prompts, epoch, config.total_pairs_per_epoch, config.seed)[pairs.start : pairs.stop]
+        text, guidance_text = encode_prompts(model, prompts, config)
+    with stages("sample", epoch):
+        rollout = sample_share(
+            model, config, run.plan, epoch, pairs, prompts, text, guidance_text, stages.guard.pulse_or_leave
+        )  # fmt: skip
+    with stages("decode", epoch):
+        images = model.decode(rollout.final)
+    with stages("reward", epoch):
+        differences = score_share(rollout, images, run.reward)
+    if run.progress.samples == 0:
+        check_first_scores(gather_scores(job, differences.scores))
+    return Experience(rollout, differences, one_colour(images), guidance_text)
+
+
+def update(job: Job, config: TrainConfig, run: Run, stages: Stages, experience: Experience) -> None:
+    """The optimizer steps of the epoch that are not done yet."""
+    progress, model, epoch = run.progress, run.model, run.progress.epochs
+    untrained = lora_b(model) if progress.samples == 0 else None
+    steps = step_samples(run.plan, config, epoch, job.share(config.total_pairs_per_epoch))
+    for number, (samples, total) in list(enumerate(steps))[len(progress.steps) :]:
+        with stages("update", epoch, number):
+            stats = optimizer_step(
+                job, model, config, run.plan, experience.rollout, experience.differences, experience.guidance_text, samples, total,
+                run.optimizer, run.scale, first=epoch == run.first_epoch and number == 0, asked=stages.guard.asked,
+            )  # fmt: skip
+        if stats is None:  # a rank was asked to stop
+            stages.guard.enter(f"step {number + 1} of the update of epoch {epoch + 1}")
+        if untrained is not None and stats.applied:
+            check_adapter_moved(untrained, lora_b(model))
+            untrained = None
+        progress.steps.append(stats)
+        progress.samples += total
+        run.log.write("step", epoch + 1, step=len(progress.steps), **vars(stats))
+
+
+@contextlib.contextmanager
+def adapter_of(model: FlowModel, weights: list[torch.Tensor]) -> Iterator[None]:
+    """The adapter has these parameters inside, and its own again afterwards."""
+    own = adapter_copy(model)
+    set_adapter(model, weights)
+    try:
+        yield
+    finally:
+        set_adapter(model, own)
+
+
+@torch.no_grad()
+def set_adapter(model: FlowModel, weights: list[torch.Tensor]) -> None:
+    for parameter, value in zip(model.trainable(), weights, strict=True):
+        parameter.copy_(value)
+
+
+def keep(config: TrainConfig, run: Run) -> None:
+    """Writes the checkpoint of where the run is, and deletes those that are no longer wanted."""
+    save_checkpoint(run.folder, config, run.progress, run.model, run.optimizer, run.scale)
+    prune_checkpoints(run.folder, config.keep_last, config.keep_every)
 
 
 def lora_b(model: FlowModel) -> list[torch.Tensor]:
@@ -72,53 +170,3 @@ def check_adapter_moved(before: list[torch.Tensor], after: list[torch.Tensor]) -
         raise UserError(
             "The first update left the adapter where it was: check the learning rate and that pairs differ in reward."
         )
-
-
-def announce(job: Job, config: TrainConfig, run: Run) -> None:
-    parameters = run.model.trainable()
-    count = sum(p.numel() for p in parameters)
-    rewards = " + ".join(f"{weight:g} {name}" for name, weight in run.reward.weights.items())
-    job.print(
-        f"model: {config.pretrained_model} ({config.precision}) on {job.device.type}, LoRA of {len(parameters) // 2} modules, {count:,} parameters"
-    )
-    job.print(f"reward: {rewards}; {len(run.prompts)} prompts; churn {config.churn.schedule}")
-    job.print(run.plan.describe())
-    job.print(f"run folder: {run.folder}")
-
-
-def report_epoch(
-    job: Job, config: TrainConfig, run: Run, clock: StageClock, differences: Differences, steps: list[StepStats]
-) -> None:
-    """One log object and one console line of an epoch, from the scores of the whole job."""
-    scores = gather_scores(job, differences.scores | {"reward": differences.reward, "dropped": differences.dropped.float()})
-    dropped = torch.tensor(scores.pop("dropped")).bool()
-    reward = torch.tensor(scores.pop("reward"), dtype=torch.float64)
-    pairs = reward.view(-1, 2)[~dropped[::2]]  # [P, 2]
-    seconds = clock.read()
-    values = {
-        "reward_mean": float(pairs.mean()),
-        "reward_std": float(pairs.std()),
-        "scores": {name: finite_mean(values) for name, values in scores.items()},
-        "differing_pairs": float((pairs[:, 0] != pairs[:, 1]).double().mean()),
-        "reward_difference": float((pairs[:, 0] - pairs[:, 1]).abs().mean()),
-        "dropped_pairs": int(dropped.sum()) // 2,
-        "skipped_steps": sum(not step.applied for step in steps),
-        "clipfrac": mean([step.clipfrac for step in steps]),
-        "loss": mean([step.loss for step in steps]),
-        "grad_norm": mean([step.grad_norm for step in steps]),
-        "ratio_first": steps[0].ratio_first,
-    }
-    run.log.write("epoch", run.epochs_done, **values, seconds=seconds, peak_memory_gib=peak_memory_gib(job.device))
-    job.print(
-        f"{time.strftime('%H:%M:%S')} epoch {run.epochs_done}/{config.num_epochs}: reward {values['reward_mean']:.3f} +- "
-        f"{values['reward_std']:.3f}, pairs that differ {values['differing_pairs']:.0%}, clipfrac {values['clipfrac']:.2f}, "
-        f"grad norm {values['grad_norm']:.3g}, {sum(seconds.values()):.1f} s"
-    )
-
-
-def finite_mean(values: list[float]) -> float:
-    return mean([value for value in values if math.isfinite(value)])
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

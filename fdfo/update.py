@@ -5,6 +5,7 @@ gradient that comes from its own trajectories, and the parts are added up. No tr
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,16 +99,21 @@ def accumulate_gradient(
     samples: torch.Tensor,
     total: int,
     scale: float,
+    asked: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, float]:
     """Adds the gradient of the rank's samples to the parameters, scaled, as their part of the mean over `total` samples.
 
-    Returns sums over the samples, float64 on the CPU (loss, clipped, ratio, overflows), and the ratio farthest from 1. Stops
-    early when a loss or a scaled gradient is not finite. Dropped pairs count as ratio 1.
+    Returns sums over the samples, float64 on the CPU (loss, clipped, ratio, overflows, asked to stop), and the ratio farthest
+    from 1. Ends early when a loss or a scaled gradient is not finite, or when the rank is asked to stop. Dropped pairs count
+    as ratio 1.
     """
     sigmas = model.sigmas(config.sample.num_solver_steps).to(model.device)
     guidance, T = config.sample.guidance_scale, config.sample.num_solver_steps
-    sums, farthest, previous = torch.zeros(4, dtype=torch.float64), [torch.ones(1, device=model.device)], None
+    sums, farthest, previous = torch.zeros(5, dtype=torch.float64), [torch.ones(1, device=model.device)], None
     for start in range(0, len(samples), plan.train_batch):
+        if asked():
+            sums[4] = 1
+            break
         batch = samples[start : start + plan.train_batch]
         row, step = (batch // T).to(model.device), (batch % T).to(model.device)
         x, text = rollout.xs[row, step], rollout.text.rows(row // 2)
@@ -127,7 +133,8 @@ def accumulate_gradient(
         clipped = (ratio - 1).abs() > config.train.clip_range
         values = torch.stack([loss.detach().sum(), clipped.sum(), ratio.sum(), gradient_overflowed(model, scale)]).double()
         if previous is not None and not add_finite(sums, previous):
-            return sums, math.nan
+            previous = None
+            break
         previous = values  # read once the next micro-batch is under way, so that the GPU never waits for the CPU
     if previous is not None:
         add_finite(sums, previous)
@@ -138,7 +145,7 @@ def accumulate_gradient(
 def add_finite(sums: torch.Tensor, values: torch.Tensor) -> bool:
     """Adds a micro-batch's values to the sums; False where they are not finite or the gradient overflowed."""
     values = values.cpu()
-    sums += values
+    sums[:4] += values
     return bool(values.isfinite().all() and values[3] == 0)
 
 
@@ -171,8 +178,11 @@ def optimizer_step(
     optimizer: torch.optim.AdamW,
     scale: LossScale,
     first: bool,
-) -> StepStats:
+    asked: Callable[[], bool] = lambda: False,
+) -> StepStats | None:
     """One optimizer step: gradient of the whole job, clipped, applied. A float16 overflow lowers the scale and is redone.
+
+    None, and nothing done, when a rank was asked to stop before its part was complete.
 
     A loss that is not finite, or a gradient that is not finite without any scale, never reaches the weights: the step is
     left out and counted. `first`: the weights are still those that sampled, so the ratio must be 1.
@@ -181,11 +191,14 @@ def optimizer_step(
     while True:
         optimizer.zero_grad()
         used = scale.value
-        sums, ratio_first = accumulate_gradient(model, config, plan, rollout, differences, empty, samples, total, used)
+        sums, ratio_first = accumulate_gradient(model, config, plan, rollout, differences, empty, samples, total, used, asked)
         reduce_gradient(job, parameters, used)
         if first:
             check_ratio(job, ratio_first, config.precision)
         sums = job.sum(sums.to(model.device)).cpu()
+        if sums[4] > 0:
+            optimizer.zero_grad()
+            return None
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
         loss_finite, gradient_finite = bool(sums.isfinite().all()), bool(norm.isfinite() and sums[3] == 0)
         finite = loss_finite and gradient_finite
@@ -195,7 +208,7 @@ def optimizer_step(
         optimizer.step()
         scale.succeeded()
     optimizer.zero_grad()
-    loss, clipped, ratio, _ = (sums / total).tolist()
+    loss, clipped, ratio, _, _ = (sums / total).tolist()
     return StepStats(loss, clipped, ratio, ratio_first, float(norm), used, finite)
 
 

@@ -10,6 +10,7 @@ counts: list[int]) -> Tensor [P] float32`, one number a prompt, and is a metric 
 
 import importlib
 import math
+import sys
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -137,12 +138,33 @@ def check_prompts(scorers: dict[str, Scorer | SetScorer], prompts: list[str]) ->
 
 
 def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
-    """Scores of one scorer: [N] float32 on the CPU. Raises UserError when it breaks its contract."""
-    values = scorer.score(prompts, images)
+    """Scores of one scorer: [N] float32 on the CPU. Raises UserError when it breaks its contract, or fails twice in a row.
+
+    A failure such as a lost connection may pass, so a scorer is tried again once; not where several ranks share one model,
+    since the others would be at another place.
+    """
+    try:
+        values = scorer.score(prompts, images)
+    except UserError:
+        raise
+    except Exception as error:
+        if getattr(getattr(scorer, "vlm", None), "sharded", False):
+            raise UserError(f"The scorer {name} failed ({reason(error)}): mend it, then resume.") from error
+        print(f"warning: the scorer {name} failed ({reason(error)}) and is tried again", file=sys.stderr, flush=True)
+        try:
+            values = scorer.score(prompts, images)
+        except Exception as again:
+            raise UserError(f"The scorer {name} failed twice in a row ({reason(again)}): mend it, then resume.") from again
     if not isinstance(values, torch.Tensor) or values.shape != (len(prompts),):
         got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         raise UserError(f"The scorer {name} returned {got} for {len(prompts)} pictures: return a tensor with one number each.")
     return values.to("cpu", torch.float32)
+
+
+def reason(error: Exception) -> str:
+    """An exception in half a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:200]
 
 
 class WeightedReward:

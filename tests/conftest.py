@@ -56,9 +56,10 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     return run
 
 
-def torchrun(processes: int, *command: object, timeout: int = 240) -> subprocess.CompletedProcess:
+def torchrun(processes: int, *command: object, timeout: int = 240, restarts: int = 0) -> subprocess.CompletedProcess:
     """A script of the project under torchrun, on the CPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher.append(f"--max-restarts={restarts}")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout

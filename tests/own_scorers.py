@@ -1,5 +1,9 @@
 """Scorers of one's own, as --reward-specs own_scorers:NAME=1 loads them; most are broken on purpose."""
 
+import os
+import signal
+import time
+
 import torch
 
 
@@ -30,3 +34,64 @@ class FailsLater(Brightness):
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         scores = super().score(prompts, images)
         return scores if self.calls == 1 else scores.index_fill(0, torch.tensor([2]), float("inf"))
+
+
+class Interrupted(Brightness):
+    """Works; where STOP_RANK says so, the machine asks that process to stop while the second epoch is scored."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        scores = super().score(prompts, images)
+        if os.environ.get("STOP_RANK") == os.environ.get("RANK", "0") and self.calls == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return scores
+
+
+class SometimesNotANumber(Brightness):
+    """One picture in a hundred, the same in every epoch, has no score."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        return super().score(prompts, images).index_fill(0, torch.arange(7, len(images), 100), float("nan"))
+
+
+class FailsOnce(Brightness):
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        scores = super().score(prompts, images)
+        if self.calls == 2:
+            raise ConnectionError("the judge hung up")
+        return scores
+
+
+class FailsFromThen(Brightness):
+    """Works in the first epoch, then never."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        scores = super().score(prompts, images)
+        if self.calls > 1:
+            raise ConnectionError("the judge hung up")
+        return scores
+
+
+class Hangs(Brightness):
+    """Does not come back from the second epoch, on rank 1."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        if self.calls == 1 and os.environ.get("RANK") == "1":
+            time.sleep(3600)
+        return super().score(prompts, images)
+
+
+class Dies(Brightness):
+    """Kills the process of rank 1 in the second epoch."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        if self.calls == 1 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score(prompts, images)
+
+
+class ConstantLater(Brightness):
+    """Works in the first epoch; later all pictures are worth the same."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        scores = super().score(prompts, images)
+        return scores if self.calls == 1 else torch.full_like(scores, 7.0)

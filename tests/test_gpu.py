@@ -9,6 +9,7 @@ import torch
 
 from fdfo.config import PRESETS, SampleConfig, TrainConfig
 from fdfo.distributed import Job
+from fdfo.memory import fitting_plan
 from fdfo.model import FlowModel
 from fdfo.preparation import Run, prepare
 from fdfo.rollout import Rollout, encode_prompts, sample_share, score_share
@@ -38,7 +39,7 @@ def rollout_of(job: Job, config: TrainConfig) -> tuple[Run, Rollout]:
 def test_every_precision_trains(tmp_path: Path, precision: str, compile: bool):
     """Compiled, the ratio at unchanged weights is 1 to the bit: sampling runs the training graph."""
     run = train(Job(0, 1, GPU), small(tmp_path, precision=precision, compile=compile, memory_efficient=True), None)
-    assert run.epochs_done == 2 and all(p.isfinite().all() for p in run.model.trainable())
+    assert run.progress.epochs == 2 and all(p.isfinite().all() for p in run.model.trainable())
     assert (run.model.compiled_rows is not None) == compile
     steps = [json.loads(line) for line in run.log.path.read_text().splitlines() if '"step"' in line]
     assert steps[0]["ratio_first"] == 1.0 or not compile
@@ -74,3 +75,18 @@ def test_float16_gradient_is_that_of_float32(tmp_path: Path):
     error = ((half - single).norm() / single.norm()).item()
     print(f"relative error of the float16 gradient: {error:.4f}")
     assert half.isfinite().all() and error < 0.1
+
+
+def test_micro_batches_that_do_not_fit_are_made_smaller_and_the_numbers_stay(tmp_path: Path, capsys):
+    """A limit on the memory of this process stands for a small GPU."""
+    job, config = Job(0, 1, GPU), small(tmp_path, total_pairs_per_epoch=256, max_batch_size=4096)
+    run = prepare(job, config, None)
+    used = torch.cuda.memory_reserved(GPU) + 2**29
+    torch.cuda.set_per_process_memory_fraction(used / torch.cuda.get_device_properties(GPU).total_memory)
+    try:
+        plan = fitting_plan(job, config, run.model, run.plan)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert plan.train_batch < run.plan.train_batch and (plan.samples, plan.pairs) == (run.plan.samples, run.plan.pairs)
+    assert "going on as with --max-batch-size" in capsys.readouterr().out
+    assert all(parameter.grad is None for parameter in run.model.trainable())

@@ -10,9 +10,9 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from fdfo.checkpoint import save_checkpoint
 from fdfo.config import TrainConfig, UserError
 from fdfo.model import FlowModel
+from fdfo.training_state import Progress, save_checkpoint
 from fdfo.update import LossScale, make_optimizer
 
 CPU = torch.device("cpu")
@@ -80,7 +80,9 @@ def test_text_is_padded_to_the_trained_length(tiny):
 
 
 def save(model: FlowModel, folder: Path) -> Path:
-    return save_checkpoint(folder, 1, model, make_optimizer(model, TrainConfig()), LossScale.start("fp32"), 0)
+    return save_checkpoint(
+        folder, TrainConfig(), Progress(1), model, make_optimizer(model, TrainConfig()), LossScale.start("fp32")
+    )
 
 
 def test_adapter_file_loads_by_plain_peft_and_back(tiny, tmp_path: Path):

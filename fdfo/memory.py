@@ -1,0 +1,66 @@
+"""Before the first epoch: does the largest micro-batch fit on the GPU beside all that a run holds."""
+
+import dataclasses
+
+import torch
+
+from fdfo.config import TrainConfig, UserError
+from fdfo.distributed import Job
+from fdfo.model import FlowModel
+from fdfo.plan import BatchPlan, plan_batches
+from fdfo.rollout import encode_prompts
+
+
+def fitting_plan(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPlan) -> BatchPlan:
+    """The plan, or one of smaller micro-batches where a GPU of the job lacks the memory; says so. Raises UserError at 1.
+
+    The numbers of a run do not depend on micro-batches but for rounding. On CPUs the plan stays as it is.
+    """
+    while job.device.type == "cuda" and job.max(int(not fits(job, config, model, plan))):
+        largest = max(plan.sample_batch, plan.train_batch)
+        if largest == 1:
+            raise UserError(
+                "The GPU has no memory for a micro-batch of 1: free it, lower --sample.resolution, or use a larger GPU."
+            )
+        smaller = plan_batches(with_largest(config, largest * 3 // 4), job.world_size)
+        job.print(
+            f"warning: micro-batches of {largest} do not fit on the GPU: going on as with --max-batch-size {largest * 3 // 4}"
+        )
+        job.print(smaller.describe())
+        plan = smaller
+        if model.compiled_rows is not None:
+            model.compiled_rows = plan.train_batch
+    return plan
+
+
+def with_largest(config: TrainConfig, largest: int) -> TrainConfig:
+    """The config with --max-batch-size as given, and no micro-batch above it."""
+
+    def cut(size: int | None) -> int | None:
+        return None if size is None else min(size, largest)
+
+    sample = dataclasses.replace(config.sample, batch_size=cut(config.sample.batch_size))
+    update = dataclasses.replace(config.train, batch_size=cut(config.train.batch_size))
+    return dataclasses.replace(config, sample=sample, train=update, max_batch_size=largest)
+
+
+def fits(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPlan) -> bool:
+    """Whether this rank can sample, and go forward and backward, with a micro-batch beside its share of trajectories."""
+    shape, rows = model.latent_shape(config.sample.resolution), 2 * plan.pairs[job.rank]
+    try:
+        held = torch.empty(2, rows, config.sample.num_solver_steps, *shape, device=job.device, dtype=model.compute_type)
+        text, empty = encode_prompts(model, [""], config)
+        for size, gradient in ((2 * plan.sample_batch, False), (plan.train_batch, True)):
+            x, levels = torch.zeros(size, *shape, device=job.device), torch.full((size,), 0.5, device=job.device)
+            with torch.set_grad_enabled(gradient):
+                v = model.velocity(x, levels, text.rows([0] * size), empty, config.sample.guidance_scale)
+            if gradient:
+                v.float().square().mean().backward()
+        del held
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        for parameter in model.trainable():
+            parameter.grad = None
+        torch.cuda.empty_cache()

@@ -1,0 +1,53 @@
+"""Run under torchrun by test_stopping.py: a run stopped in four stages, by a signal to one rank, has the adapter of a straight one.
+
+torchrun --nproc_per_node=2 tests/stop_probe.py RUNS_DIR
+"""
+
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from signal_inside import send_inside
+
+from fdfo.checkpoint import all_checkpoints, find_checkpoint
+from fdfo.config import PRESETS, SampleConfig
+from fdfo.distributed import start_job
+from fdfo.preemption import Stopped
+from fdfo.trainer import train
+
+STAGES = {"sample_share": 0, "score_share": 1, "accumulate_gradient": 1, "save_checkpoint": 0}  # and the rank to be sent it
+
+
+def main(runs_dir: Path) -> None:
+    config = dataclasses.replace(
+        PRESETS["tiny"], sample=SampleConfig(num_solver_steps=4, resolution=64), total_pairs_per_epoch=3, num_epochs=6, save_freq=1,
+        heldout_prompt_set=None, runs_dir=runs_dir / "straight",
+    )  # fmt: skip
+    with start_job() as job:
+        straight = train(job, config, None).folder
+        parts = dataclasses.replace(config, runs_dir=runs_dir / "parts")
+        run = parts.runs_dir / straight.name
+        for epochs, (stage, rank) in enumerate(STAGES.items(), start=1):
+            checkpoint = job.on_main(lambda: find_checkpoint(str(run))) if epochs > 1 else None
+            if job.rank == rank:
+                send_inside(stage, signal.SIGTERM, armed=(run / "checkpoints" / f"epoch-000000{epochs}").is_dir)
+            try:
+                train(job, parts, checkpoint)
+            except Stopped as stopped:
+                assert f"SIGTERM on rank {rank}" in str(stopped), stopped
+            else:
+                raise AssertionError(f"the signal in {stage} was lost")
+            job.print(f"stopped in {stage}, at {all_checkpoints(run)[-1].name}" if job.is_main else "")
+        train(job, parts, job.on_main(lambda: find_checkpoint(str(run))))
+        one, two = (
+            load_file(folder / "checkpoints" / "epoch-0000006" / "adapter_model.safetensors") for folder in (straight, run)
+        )
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        job.print("the same adapter")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
