@@ -17,11 +17,11 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import FrameType
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from signal_inside import names  # noqa: E402
 from test_training import comparable  # noqa: E402
 
 import fdfo.comparison  # noqa: E402, F401
@@ -43,6 +43,15 @@ STAGES = {  # function that is on the stack: what the run is doing; the first th
 AIMS = [*dict.fromkeys(STAGES.values())]
 AIMS.remove("reopening the run folder")  # happens in a run that was killed before alone
 AIMS.remove("reading a checkpoint")
+
+
+def names(frame: FrameType | None) -> set[str]:
+    """The functions that a stack is inside."""
+    found = set()
+    while frame is not None:
+        found.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return found
 
 
 class TinyRun:
