@@ -124,10 +124,13 @@ class RunLog:
         if not self.main:
             return
         line = {"kind": kind, "epoch": epoch} | {name: as_json(value) for name, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # no checkpoint outlives the lines before it
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # no checkpoint outlives the lines before it
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}): make room, then resume.") from error
         if self.wandb is not None:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"epoch": epoch})
 

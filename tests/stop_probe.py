@@ -3,6 +3,7 @@
 torchrun --nproc_per_node=2 tests/stop_probe.py RUNS_DIR
 """
 
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from signal_inside import send_inside
+from signal_inside import signal_inside
 
 from fdfo.checkpoint import all_checkpoints, find_checkpoint
 from fdfo.config import PRESETS, SampleConfig
@@ -18,7 +19,7 @@ from fdfo.distributed import start_job
 from fdfo.preemption import Stopped
 from fdfo.trainer import train
 
-STAGES = {"sample_share": 0, "score_share": 1, "accumulate_gradient": 1, "save_checkpoint": 0}  # and the rank to be sent it
+STAGES = {"sample_share": 0, "score_share": 1, "reduce_gradient": 1, "save_checkpoint": 0}  # and the rank to be sent it
 
 
 def main(runs_dir: Path) -> None:
@@ -32,10 +33,11 @@ def main(runs_dir: Path) -> None:
         run = parts.runs_dir / straight.name
         for epochs, (stage, rank) in enumerate(STAGES.items(), start=1):
             checkpoint = job.on_main(lambda: find_checkpoint(str(run))) if epochs > 1 else None
-            if job.rank == rank:
-                send_inside(stage, signal.SIGTERM, armed=(run / "checkpoints" / f"epoch-000000{epochs}").is_dir)
+            armed = (run / "checkpoints" / f"epoch-000000{epochs}").is_dir
+            sender = signal_inside(stage, signal.SIGTERM, armed) if job.rank == rank else contextlib.nullcontext()
             try:
-                train(job, parts, checkpoint)
+                with sender:
+                    train(job, parts, checkpoint)
             except Stopped as stopped:
                 assert f"SIGTERM on rank {rank}" in str(stopped), stopped
             else:

@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def inside_epoch(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs whose newest checkpoint lies inside an epoch."""
     configs = [small(tmp_path_factory.mktemp("stopped"), num_epochs=3, save_freq=1, seed=seed) for seed in (6, 7)]
-    return [stopped(JOB, config, "train_epoch", signal.SIGTERM, steps=1) for config in configs]
+    return [stopped(JOB, config, "reduce_gradient", signal.SIGTERM, steps=1) for config in configs]
 
 
 class Attack:
