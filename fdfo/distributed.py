@@ -165,4 +165,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if rank:
             time.sleep(10)
         print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
+        if dist.is_initialized():  # a tidy exit may abort in the threads of a process group that is not closed
+            sys.stdout.flush()
+            os._exit(2)
         sys.exit(2)
