@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from fdfo.adapter_config import check_adapter_config
 from fdfo.config import UserError
-from fdfo.manifest import is_file, read_bounded, read_json
+from fdfo.manifest import is_file, read_bounded, read_json, write_whole
 from fdfo.prompts import LARGEST_PROMPT_FILE, PROMPT_SETS
 from fdfo.tiny import TINY_MODEL
 
@@ -116,10 +116,8 @@ def fetch_prompt_set(name: str) -> str:
             prompts += [" ".join(prompt.splitlines()) for prompt in part]  # a line is a prompt
         if len(prompts) != HPDV2_SIZE:
             raise ValueError(f"it has {len(prompts)} prompts, {HPDV2_SIZE} were published")
-    partial = path.with_suffix(".partial")
     try:
-        partial.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        partial.rename(path)
+        write_whole(path, "\n".join(prompts) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): make the folder writable.") from error
     return name

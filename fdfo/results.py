@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fdfo.config import UserError
 from fdfo.logger import as_json
+from fdfo.manifest import write_whole
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,8 @@ def result_json(result: Result, per_prompt: bool) -> dict:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes a JSON file whole or not at all. Raises UserError."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(as_json(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.rename(path)
+        write_whole(path, json.dumps(as_json(content), indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another --out.") from error
 
