@@ -29,7 +29,7 @@ def main() -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Draws the pictures and saves the sheet."""
-    from fdfo.checkpoint import find_checkpoint, guidance_warning, saved_config, trained_guidance
+    from fdfo.checkpoint import find_checkpoint, guidance_warning, saved_config
     from fdfo.hub import fetch_prompt_set
     from fdfo.pictures import draw_pictures, encode_for_pictures, load_for_pictures
     from fdfo.sheets import grid_sheet
@@ -45,7 +45,7 @@ def generate(config: GenerateConfig) -> None:
         rows = [row for row in range(len(prompts)) for _ in range(config.grid_cols * config.grid_rows)]
         seeds = [config.seed + i for i in range(len(rows))]
         print(f"{len(rows)} pictures by {plan.model}, {plan.pictures}", flush=True)
-        if checkpoint and (warning := guidance_warning(checkpoint, trained_guidance(checkpoint), plan.pictures.guidance)):
+        if checkpoint and (warning := guidance_warning(checkpoint, plan.pictures.guidance)):
             print(warning, flush=True)
         text = encode_for_pictures(model, prompts)
         pictures = torch.cat(list(draw_pictures(model, text, rows, seeds, plan.pictures)))

@@ -31,7 +31,7 @@ def fast_attention(device: torch.device) -> Iterator[None]:
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
     """Compiles each block by itself: blocks of one kind share their code, so that three or four kernels' sets serve all."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of block x sampling and training x adapter on and off
+    torch._dynamo.config.recompile_limit = 64  # kinds of block x adapter on and off x batch sizes of pictures
     for block in blocks:
         block.compile(dynamic=False)
 

@@ -162,26 +162,12 @@ def trained_guidance(checkpoint: Checkpoint) -> float | None:
     return 1.0 if match[1] == "no-cfg" else float(f"{match[2]}.{match[3]}")
 
 
-def guidance_warning(checkpoint: Checkpoint, trained: float | None, used: float) -> str | None:
+def guidance_warning(checkpoint: Checkpoint, used: float) -> str | None:
     """METHOD.md 5: an adapter trained with guidance w is sampled with w."""
+    trained = trained_guidance(checkpoint)
     if trained is None or trained == used:
         return None
     return (
         f"warning: {checkpoint.label} was trained with guidance {trained:g} and is drawn with {used:g}: "
         f"--guidance-scale {trained:g} suits it"
     )
-
-
-def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
-    """Raises UserError when a resumed run would no longer be the run it continues."""
-    for name in FIXED_ON_RESUME:
-        before, now = getattr(saved, name), getattr(config, name)
-        if name == "sample":  # the micro-batch may change, the samples may not
-            before, now = (before.num_solver_steps, before.guidance_scale, before.resolution), (
-                now.num_solver_steps, now.guidance_scale, now.resolution,
-            )  # fmt: skip
-        if before != now:
-            flag = name.replace("_", "-")
-            raise UserError(
-                f"--{flag} was {before} in the run to resume and is {now} now: leave it as it was, or start a new run."
-            )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fdfo.checkpoint import Checkpoint, find_checkpoint, guidance_warning, run_checkpoints, saved_config, trained_guidance
+from fdfo.checkpoint import Checkpoint, find_checkpoint, guidance_warning, run_checkpoints, saved_config
 from fdfo.config import MetricsConfig, TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.logger import progress_bar
@@ -59,7 +59,7 @@ def subject(config: MetricsConfig, checkpoint: Checkpoint | None, reference: Tra
         return Subject("base", "base", 0, None, plan_pictures(config, reference), None)
     plan = plan_pictures(config, saved_config(checkpoint))
     number = re.fullmatch(r"epoch-(\d+)", checkpoint.folder.name)
-    warning = guidance_warning(checkpoint, trained_guidance(checkpoint), plan.pictures.guidance)
+    warning = guidance_warning(checkpoint, plan.pictures.guidance)
     return Subject(checkpoint.label, checkpoint.run_name, int(number[1]) if number else None, checkpoint.folder, plan, warning)
 
 
