@@ -17,7 +17,7 @@ from fdfo.model import FlowModel, TextEmbeddings
 from fdfo.preemption import Guard, LeaveStage, Stopped, guarded
 from fdfo.preparation import Run, prepare
 from fdfo.prompts import epoch_prompts
-from fdfo.report import announce, report_epoch, resume_command, strict_stop
+from fdfo.console import announce, report_epoch, resume_command, strict_stop
 from fdfo.rollout import Differences, Rollout, check_first_scores, encode_prompts, gather_scores, sample_share, score_share
 from fdfo.training_state import adapter_copy, prune_checkpoints, save_checkpoint
 from fdfo.update import optimizer_step, step_samples
