@@ -151,7 +151,7 @@ def check_device(precision: str, device: torch.device) -> None:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Runs a command line; a UserError, or a full GPU, becomes one sentence on stderr and exit code 2.
+    """Runs a command line and ends the process; a UserError, or a full GPU, becomes one sentence on stderr and exit code 2.
 
     Where all ranks fail alike rank 0 says so and torchrun ends the others; a rank that is still there after ten seconds
     has failed alone and speaks for itself.
@@ -165,7 +165,18 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if rank:
             time.sleep(10)
         print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
-        if dist.is_initialized():  # a tidy exit may abort in the threads of a process group that is not closed
-            sys.stdout.flush()
-            os._exit(2)
+        leave_job(2)
         sys.exit(2)
+    leave_job(0)
+
+
+def leave_job(code: int) -> None:
+    """Ends a process of several at once; one that stands alone goes on.
+
+    A thread of gloo may drop the last reference to a tensor when the interpreter is already shutting down, which aborts the
+    process. Closing the process group does not end those threads while a sharded model still refers to it.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

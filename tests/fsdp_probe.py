@@ -4,18 +4,24 @@ import sys
 
 import torch
 
-from fdfo.distributed import start_job
+from fdfo.distributed import exit_on_user_error, start_job
 from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 
-with start_job() as job:
-    count = 2 if job.is_main else 20  # one batch here, two there
-    captions = [f"caption {i}" for i in range(count)]
-    images = torch.rand(count, 3, 56, 56, generator=torch.Generator().manual_seed(job.rank))
-    judges = [Vlm(sys.argv[1], job, shard) for shard in (False, True)]
-    assert [judge.sharded for judge in judges] == [False, True]
-    whole, own = (sum(p.to_local().numel() if j.sharded else p.numel() for p in j.model.parameters()) for j in judges)
-    assert own < 0.6 * whole, (own, whole)
-    scores = [VlmScorer(judge, QUESTIONS["vlm_alignment_train"], "training").score(captions, images) for judge in judges]
-    results = job.gather_objects([values.tolist() for values in scores])
-    if job.is_main:
-        torch.save(results, sys.argv[2])
+
+def main() -> None:
+    with start_job() as job:
+        count = 2 if job.is_main else 20  # one batch here, two there
+        captions = [f"caption {i}" for i in range(count)]
+        images = torch.rand(count, 3, 56, 56, generator=torch.Generator().manual_seed(job.rank))
+        judges = [Vlm(sys.argv[1], job, shard) for shard in (False, True)]
+        assert [judge.sharded for judge in judges] == [False, True]
+        whole, own = (sum(p.to_local().numel() if j.sharded else p.numel() for p in j.model.parameters()) for j in judges)
+        assert own < 0.6 * whole, (own, whole)
+        scores = [VlmScorer(judge, QUESTIONS["vlm_alignment_train"], "training").score(captions, images) for judge in judges]
+        results = job.gather_objects([values.tolist() for values in scores])
+        if job.is_main:
+            torch.save(results, sys.argv[2])
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
