@@ -24,7 +24,7 @@ def main() -> None:
     with start_job(timeout_minutes(argv)) as job:
         config, checkpoint, started = read_command_line(job, argv)
         check_device(config.precision, job.device)
-        train_and_compare(job, config, checkpoint, started)
+        train_and_report(job, config, checkpoint, started)
 
 
 def read_command_line(job: Job, argv: list[str]) -> "tuple[TrainConfig, Checkpoint | None, Path | None]":
@@ -46,9 +46,9 @@ def read_command_line(job: Job, argv: list[str]) -> "tuple[TrainConfig, Checkpoi
     return config, checkpoint, None
 
 
-def train_and_compare(job: Job, config: TrainConfig, checkpoint: "Checkpoint | None", started: Path | None) -> None:
-    """Trains, says where everything is, and compares base and adapter where there are held-out prompts."""
-    from fdfo.comparison import compare_with_base
+def train_and_report(job: Job, config: TrainConfig, checkpoint: "Checkpoint | None", started: Path | None) -> None:
+    """Trains, and says what it led to."""
+    from fdfo.console import report_end
     from fdfo.preemption import Stopped
     from fdfo.trainer import train
 
@@ -56,13 +56,7 @@ def train_and_compare(job: Job, config: TrainConfig, checkpoint: "Checkpoint | N
         run = train(job, config, checkpoint, started)
     except Stopped:  # told already, and no mistake: exit code 0
         return
-    job.print(f"run: {run.folder}\nlog: {run.folder / 'training_log.jsonl'}")
-    if config.heldout_prompt_set is not None:
-        comparisons = compare_with_base(job, run.model, config, run.heldout, run.folder)
-        job.print(f"before and after: {run.folder / 'before_after.png'}")
-        for comparison in comparisons:
-            run.log.write("heldout", run.progress.epochs, **vars(comparison))
-            job.print(comparison.describe())
+    report_end(job, run)
     run.log.close()
 
 

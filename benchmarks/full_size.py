@@ -86,7 +86,7 @@ def main(config: FullSizeConfig) -> None:
         top = ceiling()
         run_config = TrainConfig(
             prompt_set="showcase", total_pairs_per_epoch=config.pairs, num_epochs=1, runs_dir=Path(folder), compile=not config.eager,
-            max_batch_size=config.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
+            max_batch_size=config.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset, eval_prompts=0,
         )  # fmt: skip
         run = train(job, run_config, None)
         start, *steps, epoch = [json.loads(line) for line in run.log.path.read_text().splitlines()]

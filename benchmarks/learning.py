@@ -19,12 +19,13 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fdfo.comparison import HELDOUT_SEED  # noqa: E402
 from fdfo.config import PRESETS  # noqa: E402
+from fdfo.heldout import DEFAULT_PROMPTS, EVALUATION_SEED  # noqa: E402
 from fdfo.model import FlowModel  # noqa: E402
 from fdfo.pictures import draw_pictures, encode_for_pictures  # noqa: E402
 from fdfo.plan import PictureSettings  # noqa: E402
 from fdfo.prompts import load_prompts  # noqa: E402
+from fdfo.selection import Change, change, evaluation_of  # noqa: E402
 from fdfo.tiny.scenes import parse_caption, render  # noqa: E402
 from rewards.clip import CLIP_MODELS, ClipScorer  # noqa: E402
 from rewards.scene import SceneScorer  # noqa: E402
@@ -49,7 +50,7 @@ class LearningConfig:
 def references(device: torch.device) -> dict[str, dict[str, float]]:
     """Held-out scores of the base without and with guidance 3, and of true renderings."""
     sample = PRESETS["tiny"].sample
-    prompts = load_prompts("tiny_heldout")[: PRESETS["tiny"].heldout_prompts]
+    prompts = load_prompts("tiny_heldout")[:DEFAULT_PROMPTS]
     scorers = {"scene": SceneScorer(device), "scene_clip": ClipScorer(*CLIP_MODELS["scene_clip"], device)}
     model = FlowModel("tiny", "fp32", device)
     model.to_device()
@@ -57,7 +58,7 @@ def references(device: torch.device) -> dict[str, dict[str, float]]:
     pictures = {"true renderings": render([parse_caption(p) for p in prompts], torch.Generator().manual_seed(0))}
     for guidance in (1.0, 3.0):
         settings = PictureSettings(sample.resolution, sample.resolution, sample.num_solver_steps, guidance, 32)
-        seeds = [HELDOUT_SEED + i for i in range(len(prompts))]
+        seeds = [EVALUATION_SEED + i for i in range(len(prompts))]
         pictures[f"base, guidance {guidance:g}"] = torch.cat(
             list(draw_pictures(model, text, range(len(prompts)), seeds, settings))
         )
@@ -77,6 +78,10 @@ def run_seed(config: LearningConfig, seed: int) -> dict:
         return {"seed": seed, "wall": time.monotonic() - start, "log": [json.loads(line) for line in lines]}
 
 
+def described(rise: Change) -> str:
+    return f"{rise.before:.2f} -> {rise.after:.2f} ({rise.difference:+.2f} +- {rise.error:.2f})"
+
+
 def report(config: LearningConfig, levels: dict, runs: list[dict], device: torch.device) -> str:
     command = f"python benchmarks/learning.py --num-epochs {config.num_epochs} --seeds {' '.join(map(str, config.seeds))}"
     command += f' --flags="{config.flags}"' if config.flags else ""
@@ -88,14 +93,14 @@ def report(config: LearningConfig, levels: dict, runs: list[dict], device: torch
     lines += ["", "| seed | scene before -> after | gap closed | scene_clip before -> after | training seconds | whole command |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for run in runs:
-        held = {line["metric"]: line for line in run["log"] if line["kind"] == "heldout"}
-        scene, clip = held["scene"], held["scene_clip"]
+        evaluations = [evaluation_of(line) for line in run["log"] if line["kind"] == "eval"]
+        scene, clip = (change(name, evaluations[0], evaluations[-1]) for name in ("scene", "scene_clip"))
         seconds = sum(sum(line["seconds"].values()) for line in run["log"] if line["kind"] == "epoch")
         cells = [
             run["seed"],
-            f"{scene['before']:.1f} -> {scene['after']:.1f} ({scene['after'] - scene['before']:+.1f} +- {scene['error']:.1f})",
-            f"{(scene['after'] - scene['before']) / gap:.0%}",
-            f"{clip['before']:.2f} -> {clip['after']:.2f} ({clip['after'] - clip['before']:+.2f} +- {clip['error']:.2f})",
+            described(scene),
+            f"{scene.difference / gap:.0%}",
+            described(clip),
             f"{seconds:.0f}",
             f"{run['wall']:.0f} s",
         ]

@@ -10,17 +10,17 @@ from fdfo.config import TrainConfig, UserError, config_from_json
 from fdfo.hub import ADAPTER, check_adapter_files, download_folder
 from fdfo.manifest import LARGEST_JSON, is_file, is_folder, read_bounded, sealed_state
 
-AUTO = "auto"
+AUTO, BEST = "auto", "best"
 CFG_IN_NAME = re.compile(r"(no-cfg|cfg[-_](\d+)[.p](\d+))(?=[/_-]|$)")
 CHECKPOINT_NAME = re.compile(r"epoch-(\d{7,})(?:-step-(\d{7,}))?")
 STATE, TENSORS, EPOCH_START = "training_state.json", "training_state.safetensors", "epoch_start.safetensors"
 FIXED_ON_RESUME = (
     "seed", "vlm_model_name", "lora_rank", "lora_alpha", "pretrained_model", "prompt_set", "total_pairs_per_epoch", "gradient_steps_per_epoch",
-    "sample", "churn", "reward_preset", "reward_specs", "precision",
+    "sample", "churn", "reward_preset", "reward_specs", "precision", "eval_prompts", "eval_prompt_set", "eval_metrics",
 )  # fmt: skip
 FREE_FOR_AUTO = (
     "runs_dir", "num_epochs", "save_freq", "keep_last", "keep_every", "resume_from", "vlm_use_fsdp", "memory_efficient", "max_batch_size",
-    "log_wandb", "strict", "timeout_minutes", "heldout_prompt_set", "heldout_prompts", "heldout_metrics", "compile",
+    "log_wandb", "strict", "timeout_minutes", "eval_every", "eval_least_diversity", "compile",
 )  # fmt: skip
 
 
@@ -55,6 +55,8 @@ def find_checkpoint(text: str) -> Checkpoint:
         folder = download_folder(text)
     else:
         folder = Path(text)
+        if folder.name == BEST and folder.is_symlink():
+            folder = folder.resolve()
         if is_folder(folder / "checkpoints"):
             folder = newest_whole(folder)
             if folder is None:

@@ -45,7 +45,7 @@ def check_timeout(minutes: float) -> float:
 
 def check_own_code(argv: Sequence[str], config: TrainConfig) -> None:
     """Raises UserError where a config.json alone names code to run: it may be someone else's file, so the user must name it too."""
-    for flag, names in (("--reward-specs", config.reward_specs), ("--heldout-metrics", config.heldout_metrics)):
+    for flag, names in (("--reward-specs", config.reward_specs), ("--eval-metrics", config.eval_metrics)):
         if any(":" in name for name in names) and not flag_value(argv, flag):
             raise UserError(f"The run to resume uses code of your own: say so again with {flag} {' '.join(names)}.")
 
@@ -61,7 +61,7 @@ def check_train_config(config: TrainConfig) -> None:
         "--lora-alpha": config.lora_alpha,
         "--total-pairs-per-epoch": config.total_pairs_per_epoch,
         "--gradient-steps-per-epoch": config.gradient_steps_per_epoch,
-        "--heldout-prompts": config.heldout_prompts,
+        "--eval-every": config.eval_every,
     }
     at_least_one |= {
         "--keep-last": 1 if config.keep_last is None else config.keep_last,
@@ -72,6 +72,12 @@ def check_train_config(config: TrainConfig) -> None:
             raise UserError(f"{flag} is {value}: give a whole number from 1 to 1,000,000.")
     if config.keep_every is not None and config.keep_last is None:
         raise UserError("--keep-every has no effect without --keep-last, which bounds the checkpoints kept: give both.")
+    if config.eval_prompts is not None and config.eval_prompts != 0 and not 2 <= config.eval_prompts <= 1_000_000:
+        raise UserError(f"--eval-prompts is {config.eval_prompts}: give 2 or more, or 0 for no evaluation.")
+    if not 0 <= config.eval_least_diversity < math.inf:
+        raise UserError(f"--eval-least-diversity is {config.eval_least_diversity}: give a share of epoch 0's, such as 0.5.")
+    if len(set(config.eval_metrics)) < len(config.eval_metrics):
+        raise UserError("--eval-metrics names a scorer twice: leave one out.")
     check_timeout(config.timeout_minutes)
     positive = {"learning-rate": config.train.learning_rate, "clip-range": config.train.clip_range}
     positive |= {"adam-epsilon": config.train.adam_epsilon, "max-grad-norm": config.train.max_grad_norm}

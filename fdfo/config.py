@@ -90,8 +90,8 @@ class TrainConfig:
     resume_from: str | None = None
     """checkpoint folder, run folder (its newest whole checkpoint) or hub URL to go on from; or auto: the run folder with the
     highest number in --runs-dir whose settings are those of this command line, whatever --num-epochs, --save-freq, --keep-...,
-    --max-batch-size, the two --...batch-size, --memory-efficient, --compile, --vlm-use-fsdp, --log-wandb, --strict, --timeout-minutes and
-    --heldout-... say, from its newest whole checkpoint or, where it has none, from its beginning; a new run where there is no
+    --max-batch-size, the two --...batch-size, --memory-efficient, --compile, --vlm-use-fsdp, --log-wandb, --strict, --timeout-minutes,
+    --eval-every and --eval-least-diversity say, from its newest whole checkpoint or, where it has none, from its beginning; a new run where there is no
     such folder"""
     strict: bool = False
     """stop with a checkpoint where an epoch's health check warns"""
@@ -127,12 +127,16 @@ class TrainConfig:
     """type in which the transformer and the decoder compute"""
     compile: bool = True
     """compile the transformer's blocks and the decoder before the first epoch; on a CPU nothing is compiled"""
-    heldout_prompt_set: str | None = None
-    """prompts on which the base model and the trained adapter are compared at the end; none if left out"""
-    heldout_prompts: int = 256
-    """number of held-out prompts to compare on"""
-    heldout_metrics: tuple[str, ...] = ()
-    """scorers of that comparison"""
+    eval_every: int = 10
+    """epochs between evaluations on held-out prompts; epoch 0 and the last one are evaluated too"""
+    eval_prompts: int | None = None
+    """held-out prompts: 128 if left out, or a tenth of a --prompt-set that is smaller than 1,280; 0 means no evaluation"""
+    eval_prompt_set: str | None = None
+    """prompts to evaluate on; if left out they are split off --prompt-set and never trained on"""
+    eval_metrics: tuple[str, ...] = ("clip_h14", "dreamsim_diversity")
+    """scorers of the evaluations beside the reward's own; they choose checkpoints/best. A diversity makes it two pictures a prompt"""
+    eval_least_diversity: float = 0.5
+    """share of epoch 0's diversity below which an evaluation warns"""
 
 
 @dataclass(frozen=True)
@@ -235,8 +239,9 @@ PRESETS = {
         max_batch_size=256,
         reward_preset="scene",
         precision="fp32",
-        heldout_prompt_set="tiny_heldout",
-        heldout_metrics=("scene", "scene_clip"),
+        eval_every=5,
+        eval_prompt_set="tiny_heldout",
+        eval_metrics=("scene_clip", "pixel_diversity"),
     ),
 }
 

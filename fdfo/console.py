@@ -1,4 +1,4 @@
-"""What a training run says: at its start, after each epoch, and when it stops."""
+"""What a training run says: at its start, within a stage, after each epoch and evaluation, and when it ends."""
 
 import math
 import sys
@@ -6,12 +6,14 @@ import time
 
 import torch
 
+from fdfo.checkpoint import BEST
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.health import Signs, relative_change
 from fdfo.logger import memory_gib, peak_memory_gib
 from fdfo.preparation import Run
 from fdfo.rollout import Differences, gather_scores
+from fdfo.selection import REWARD, change, evaluation_of
 from fdfo.training_state import adapter_copy
 from fdfo.update import StepStats
 
@@ -24,6 +26,14 @@ def announce(job: Job, config: TrainConfig, run: Run) -> None:
         f"model: {config.pretrained_model} ({config.precision}) on {job.device.type}, LoRA of {len(parameters) // 2} modules, {count:,} parameters"
     )
     job.print(f"reward: {rewards}; {len(run.prompts)} prompts; churn {config.churn.schedule}")
+    if run.held_out is None:
+        job.print("evaluation: none, no prompts are held out (--eval-prompt-set or --eval-prompts gives some)")
+    else:
+        metrics = ", ".join(("the reward", *run.held_out.metrics))
+        job.print(
+            f"evaluation: {len(run.held_out.prompts)} held-out prompts, {run.held_out.repeats} picture(s) each, every "
+            f"{config.eval_every} epochs: {metrics}"
+        )
     job.print(run.plan.describe())
     job.print(f"run folder: {run.folder}")
 
@@ -73,6 +83,39 @@ def report_epoch(
     return warnings
 
 
+def report_evaluation(job: Job, run: Run, warnings: list[str], seconds: float) -> None:
+    """One console line of the newest evaluation: reward and held-out metrics, and their change since epoch 0."""
+    if not job.is_main:
+        return
+    first, newest = (evaluation_of(run.log.evaluations[i]) for i in (0, -1))
+    best = run.log.evaluations[-1]["best"]
+    cells = []
+    for name in (REWARD, *run.held_out.metrics):
+        rise = change(name, first, newest)
+        cells.append(f"{name} {rise.after:.4g}" + (f" ({rise.difference:+.3g} +- {rise.error:.2g})" if newest.epoch > 0 else ""))
+    chosen = "" if newest.epoch == 0 else f"; best checkpoint: {'none yet' if best is None else f'epoch {best}'}"
+    job.print(f"{time.strftime('%H:%M:%S')} evaluation after epoch {newest.epoch}: {', '.join(cells)}{chosen}, {seconds:.1f} s")
+    for warning in warnings:
+        job.print(f"warning: evaluation after epoch {newest.epoch}: {warning}")
+
+
+def report_end(job: Job, run: Run) -> None:
+    """Where everything is, and what the run has changed on held-out prompts."""
+    job.print(f"run: {run.folder}\nlog: {run.folder / 'training_log.jsonl'}")
+    if not job.is_main or run.held_out is None:
+        return
+    first, last = (evaluation_of(run.log.evaluations[i]) for i in (0, -1))
+    job.print(f"samples: {run.folder / 'samples'}")
+    if run.log.evaluations[-1]["best"] is not None:
+        job.print(f"best checkpoint: {run.folder / 'checkpoints' / BEST} (epoch {run.log.evaluations[-1]['best']})")
+    for name in (*run.held_out.weights, *run.held_out.metrics):
+        rise = change(name, first, last)
+        job.print(
+            f"held-out {name} score {rise.before:.4g} -> {rise.after:.4g} ({rise.difference:+.3g} +- {rise.error:.2g}, "
+            f"{rise.count} prompts)"
+        )
+
+
 def strict_stop(run: Run, warnings: list[str]) -> UserError:
     """What --strict ends with."""
     return UserError(
@@ -83,10 +126,18 @@ def strict_stop(run: Run, warnings: list[str]) -> UserError:
 
 def resume_command(job: Job, config: TrainConfig, run: Run) -> str:
     """The command line that goes on where a run was stopped."""
-    launcher = "python" if job.world_size == 1 else f"torchrun --nproc_per_node={job.world_size}"
     own = [spec for spec in config.reward_specs if ":" in spec]  # code of one's own is run on the user's word alone
     specs = f" --reward-specs {' '.join(config.reward_specs)}" if own else ""
-    return f"{launcher} {sys.argv[0]} --resume-from {run.folder}{specs}"
+    return f"{' '.join(launcher(job))} {sys.argv[0]} --resume-from {run.folder}{specs}"
+
+
+def launcher(job: Job) -> list[str]:
+    return ["python"] if job.world_size == 1 else ["torchrun", f"--nproc_per_node={job.world_size}"]
+
+
+def command(job: Job) -> list[str]:
+    """The words that started this process, for the log."""
+    return [*launcher(job), *sys.argv]
 
 
 def finite_mean(values: list[float]) -> float:

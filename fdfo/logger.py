@@ -55,7 +55,7 @@ def reopen_run_folder(run: Path, config: TrainConfig, reached: tuple[int, int]) 
     """Makes config.json say what the resumed run does, and sets checkpoints aside that lie behind the position it goes on from."""
     try:
         write_whole(run / "config.json", config_to_json(config))
-        for partial in run.glob("checkpoints/.*.partial"):  # of a process that was killed while it wrote or deleted one
+        for partial in run.glob("checkpoints/.epoch-*.partial"):  # of a process that was killed while it wrote or deleted one
             shutil.rmtree(partial)
         for folder in all_checkpoints(run):
             if position(folder) > reached:
@@ -80,17 +80,19 @@ def default_reward_name(config: TrainConfig) -> str:
 
 
 class RunLog:
-    """training_log.jsonl, one object a line, of kind start, step or epoch; and Weights & Biases where asked for."""
+    """training_log.jsonl, one object a line, of kind start, step, epoch or eval; and Weights & Biases where asked for."""
 
     def __init__(self, run: Path, config: TrainConfig, epochs_done: int, steps_done: int, main: bool):
         """Lines of what a resumed run will do again are taken out first. Only the main process writes."""
         self.path, self.main, self.wandb = run / "training_log.jsonl", main, None
         self.gradient_norms: list[float] = []  # of the optimizer steps so far
+        self.evaluations: list[dict] = []  # the lines of kind eval so far, which the main process alone knows
         if not main:
             return
         if self.path.exists():
-            lines = [line for line in self.read() if done_before(line, epochs_done, steps_done, config.num_epochs)]
+            lines = [line for line in read_log(self.path) if done_before(line, epochs_done, steps_done, config)]
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            self.evaluations = [line for line in lines if line["kind"] == "eval"]
             norms = [line.get("grad_norm") for line in lines if line["kind"] == "step"]
             self.gradient_norms = [norm for norm in norms if norm is not None]  # null stands for one that was not finite
         if config.log_wandb:
@@ -102,22 +104,6 @@ class RunLog:
             self.wandb = wandb.init(
                 project="fdfo", name=run.name, dir=run, config=config_to_dict(config), resume="allow", id=mark.read_text().strip()
             )
-
-    def read(self) -> list[dict]:
-        """The lines of a log that was there before, but for one that a killed process has not ended. Raises UserError."""
-        lines = []
-        for number, text in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), start=1):
-            try:
-                line = json.loads(text)
-                numbers = line["epoch"], line.get("step", 0), line.get("grad_norm") or 0
-                if not (isinstance(line["kind"], str) and all(isinstance(number, int | float) for number in numbers)):
-                    raise ValueError("not a line of this log")
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                if not text.endswith("\n"):
-                    break
-                raise UserError(f"Line {number} of {self.path} is damaged: take that line out, then resume.") from error
-            lines.append(line)
-        return lines
 
     def write(self, kind: str, epoch: int, **values: object) -> None:
         """Appends one object. epoch counts whole epochs done once this line's epoch is over."""
@@ -131,6 +117,9 @@ class RunLog:
                 os.fsync(file.fileno())  # no checkpoint outlives the lines before it
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}): make room, then resume.") from error
+        if kind == "eval":
+            self.evaluations.append(line)
+            values = {name: value for name, value in values.items() if name != "scores"}  # W&B has no use for every prompt's
         if self.wandb is not None:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"epoch": epoch})
 
@@ -139,10 +128,39 @@ class RunLog:
             self.wandb.finish()
 
 
-def done_before(line: dict, epochs: int, steps: int, last: int) -> bool:
-    """Whether a line of the log is of these whole epochs, or of the steps after them; the comparison at the end is made again."""
-    if line["kind"] == "heldout":
-        return line["epoch"] < last
+def read_log(path: Path) -> list[dict]:
+    """The lines of a run's log, but for one that a killed process has not ended. Raises UserError for a damaged one."""
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), start=1):
+        try:
+            line = json.loads(text)
+            check_line(line)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if not text.endswith("\n"):
+                break
+            raise UserError(f"Line {number} of {path} is damaged: take that line out, then resume.") from error
+        lines.append(line)
+    return lines
+
+
+def check_line(line: dict) -> None:
+    """Raises one of several errors unless this is an object whose numbers a resumed run can rely on."""
+    numbers = [line["epoch"], line.get("step", 0), line.get("grad_norm") or 0]
+    if line["kind"] == "eval":
+        numbers += [value or 0 for values in line["scores"].values() for value in values]
+    if not (isinstance(line["kind"], str) and all(isinstance(number, int | float) for number in numbers)):
+        raise ValueError("not a line of this log")
+
+
+def evaluation_due(config: TrainConfig, epochs: int) -> bool:
+    """Whether a run evaluates after that many epochs, where it has held-out prompts."""
+    return epochs % config.eval_every == 0 or epochs == config.num_epochs
+
+
+def done_before(line: dict, epochs: int, steps: int, config: TrainConfig) -> bool:
+    """Whether a line of the log is of these whole epochs, or of the steps after them, and has a place in the run as it is now."""
+    if line["kind"] == "eval" and not evaluation_due(config, line["epoch"]):
+        return False
     step_done = line["kind"] == "step" and line["epoch"] == epochs + 1 and line.get("step", steps + 1) <= steps
     return line["epoch"] <= epochs or step_done
 
@@ -178,6 +196,10 @@ class StageClock:
             if item is None:
                 return
             yield item
+
+    def take(self, name: str) -> float:
+        """Seconds of one stage since the last reading, rounded to milliseconds, which the next reading leaves out."""
+        return round(self.seconds.pop(name, 0.0), 3)
 
     def read(self) -> dict[str, float]:
         """Seconds by stage, rounded to milliseconds; the clock starts again from 0."""

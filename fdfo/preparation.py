@@ -10,14 +10,13 @@ from fdfo.checkpoint import AUTO, Checkpoint, saved_config
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job, check_device
 from fdfo.health import Health
-from fdfo.hub import fetch_prompt_set
-from fdfo.logger import RunLog, check_writable, claim, create_run_folder, reopen_run_folder
+from fdfo.heldout import HeldOut, PromptSplit, prepare_held_out, split_prompts
+from fdfo.logger import RunLog, check_writable, claim, create_run_folder, read_log, reopen_run_folder
 from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_batches
-from fdfo.prompts import load_prompts
 from fdfo.training_state import Progress, check_resume, load_training_state
 from fdfo.update import LossScale, make_optimizer
-from rewards import SET_SCORERS, Scorer, WeightedReward, build_scorers, check_prompts, check_scorer_name, reward_weights
+from rewards import WeightedReward, build_scorers, check_prompts, check_scorer_name, reward_weights
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Run:
     folder: Path
     log: RunLog
     plan: BatchPlan
-    prompts: list[str]
+    prompts: list[str]  # to train on
     model: FlowModel
     reward: WeightedReward
     optimizer: torch.optim.AdamW
@@ -35,7 +34,7 @@ class Run:
     progress: Progress
     first_epoch: int  # index of the epoch that this process begins with
     health: Health
-    heldout: dict[str, Scorer]  # scorers of the comparison at the end
+    held_out: HeldOut | None
     compile_seconds: float | None  # None where nothing is compiled
 
 
@@ -47,8 +46,10 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
     check_device(config.precision, job.device)
     plan = plan_batches(config, job.world_size)
     weights = reward_weights(config.reward_preset, config.reward_specs)
-    prompts = job.on_main(lambda: load_prompts(fetch_prompt_set(config.prompt_set)))
-    check_heldout(job, config)
+    split = job.on_main(lambda: split_prompts(config))
+    metrics = config.eval_metrics if split.held_out else ()
+    for metric in metrics:
+        check_scorer_name(metric)
     resumed = checkpoint is not None and checkpoint.resumable
     check_writable(checkpoint.run if resumed else config.runs_dir)
     if resumed:
@@ -59,18 +60,41 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
     progress, scale = Progress(), LossScale.start(config.precision)
     if resumed:
         progress, scale = load_training_state(checkpoint, config, model, optimizer)
-        if progress.epochs > config.num_epochs or (progress.epochs == config.num_epochs and config.resume_from != AUTO):
+        if progress.epochs > config.num_epochs or (
+            config.resume_from != AUTO and complete(job, config, split, checkpoint, progress)
+        ):
             raise UserError(f"{checkpoint.run} has {progress.epochs} epochs already: give a larger --num-epochs to go on.")
-    scorers = build_scorers({*weights, *heldout_metrics(config)}, job, config.vlm_model_name, config.vlm_use_fsdp)
+    scorers = build_scorers(dict.fromkeys((*weights, *metrics)), job, config.vlm_model_name, config.vlm_use_fsdp)
     reward = WeightedReward(weights, {name: scorers[name] for name in weights})
-    check_prompts(reward.scorers, prompts)
-    heldout = {name: scorers[name] for name in heldout_metrics(config)}
+    check_prompts(reward.scorers, split.training)
+    check_prompts(scorers, split.held_out)
+    held_out = prepare_held_out(job, config, model, split.held_out, weights, scorers)
     folder = open_folder(job, config, checkpoint, started, progress)
     log = RunLog(folder, config, progress.epochs, len(progress.steps), job.is_main)
     health = Health(config.precision, log.gradient_norms)
     return Run(
-        folder, log, plan, prompts, model, reward, optimizer, scale, progress, progress.epochs, health, heldout, compile_seconds
+        folder,
+        log,
+        plan,
+        split.training,
+        model,
+        reward,
+        optimizer,
+        scale,
+        progress,
+        progress.epochs,
+        health,
+        held_out,
+        compile_seconds,
     )
+
+
+def complete(job: Job, config: TrainConfig, split: PromptSplit, checkpoint: Checkpoint, progress: Progress) -> bool:
+    """Whether the run to resume has nothing left to do, its last evaluation included."""
+    if progress.epochs < config.num_epochs:
+        return False
+    lines = job.on_main(lambda: read_log(checkpoint.run / "training_log.jsonl"))
+    return not split.held_out or any(line["kind"] == "eval" and line["epoch"] == progress.epochs for line in lines)
 
 
 def open_folder(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, started: Path | None, progress: Progress) -> Path:
@@ -90,26 +114,6 @@ def open_folder(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, st
         steps = f" and {len(progress.steps)} optimizer steps of the next" if progress.steps else ""
         job.print(f"resuming {resumed} after epoch {progress.epochs}{steps}")
     return resumed
-
-
-def check_heldout(job: Job, config: TrainConfig) -> None:
-    """Raises UserError when the comparison at the end could not be made."""
-    for metric in heldout_metrics(config):
-        check_scorer_name(metric)
-        if metric in SET_SCORERS:
-            raise UserError(f"The comparison draws one picture a prompt and {metric} needs two: leave it out and use metrics.py.")
-    if config.heldout_prompt_set is None:
-        return
-    found = len(job.on_main(lambda: load_prompts(fetch_prompt_set(config.heldout_prompt_set))))
-    if not job.world_size <= config.heldout_prompts <= found:
-        raise UserError(
-            f"--heldout-prompts is {config.heldout_prompts}: give a number from {job.world_size} (the processes) to {found} "
-            f"(the prompts in {config.heldout_prompt_set})."
-        )
-
-
-def heldout_metrics(config: TrainConfig) -> tuple[str, ...]:
-    return () if config.heldout_prompt_set is None else config.heldout_metrics
 
 
 def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> FlowModel:

@@ -10,6 +10,7 @@ from fdfo.config import UserError
 from fdfo.manifest import is_file, read_bounded
 
 LARGEST_PROMPT_FILE, LONGEST_PROMPT = 2**28, 100_000  # bytes; characters
+HOLD_OUT_SEED = 0x0E7A
 PROMPT_SETS = Path(__file__).parent.parent / "prompt_sets"
 PICKSCORE_COMMAND = (
     "curl -L -o prompt_sets/pickscore_train.txt https://raw.githubusercontent.com/yifan123/flow_grpo/"
@@ -62,6 +63,22 @@ def choose_prompts(prompts: list[str], count: int, seed: int) -> list[ChosenProm
     order = np.arange(len(prompts))
     np.random.RandomState(seed).shuffle(order)
     return [ChosenPrompt(int(number), prompts[number]) for number in order[:count]]
+
+
+def hold_out(prompts: list[str], count: int) -> tuple[list[str], list[str]]:
+    """Splits prompts to evaluate on off a set: (training prompts, held-out ones), the same for every run on that set.
+
+    No training prompt has the text of a held-out one. Raises UserError when the set has too few different prompts.
+    """
+    different = sorted(set(prompts))
+    if not count < len(different):
+        raise UserError(
+            f"The prompt set has {len(different)} different prompts, and {count} of them are to be held out: lower --eval-prompts."
+        )
+    order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(different))[:count]
+    held_out = [different[i] for i in order]
+    taken = set(held_out)
+    return [prompt for prompt in prompts if prompt not in taken], held_out
 
 
 def epoch_prompts(prompts: list[str], epoch: int, pairs: int, seed: int) -> list[str]:

@@ -75,9 +75,9 @@ def sample_share(
     prompts: list[str],
     text: TextEmbeddings,
     empty: TextEmbeddings | None,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: Callable[[int], None] = lambda done: None,
 ) -> Rollout:
-    """Samples the rank's pairs, plan.sample_batch at a time (METHOD.md 2)."""
+    """Samples the rank's pairs, plan.sample_batch at a time (METHOD.md 2); tells before_batch how many pairs are done."""
     sigmas = model.sigmas(config.sample.num_solver_steps)
     shape = model.latent_shape(config.sample.resolution)
     n = 2 * len(pairs)
@@ -85,7 +85,7 @@ def sample_share(
     xs = torch.empty(n, len(sigmas) - 1, *shape, device=model.device, dtype=model.compute_type)
     velocities, final = torch.empty_like(xs), torch.empty(n, *shape, device=model.device)
     for start in range(0, len(pairs), plan.sample_batch):
-        before_batch()
+        before_batch(start)
         batch = pairs[start : start + plan.sample_batch]
         rows = slice(2 * start, 2 * (start + len(batch)))
         index = torch.arange(start, start + len(batch), device=model.device).repeat_interleave(2)

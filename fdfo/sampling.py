@@ -101,3 +101,14 @@ def sample_pairs(
         xs[:, i], velocities[:, i] = x, v
         x = churn_step(x, v, sigma, sigma_next, gammas[:, i + 1], noise(i + 1))
     return PairTrajectories(xs, velocities, x)
+
+
+def sample_flow(velocity: Callable[[torch.Tensor, float], torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """The flow without churn (METHOD.md 1): Euler steps from noise x [N, C, H, W] down the grid sigmas [T + 1] -> [N, C, H, W].
+
+    velocity(x [N, C, H, W], sigma) -> v.
+    """
+    grid = sigmas.tolist()
+    for sigma, sigma_next in zip(grid[:-1], grid[1:], strict=True):
+        x = x + (sigma_next - sigma) * velocity(x, sigma).to(x.dtype)
+    return x

@@ -1,7 +1,14 @@
 """Sheets of pictures with their captions."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from fdfo.config import UserError
+
+BETTER = "#2a9d4a"  # frame of a pair's better picture
 
 
 def to_image(picture: torch.Tensor, size: int | None = None) -> Image.Image:
@@ -55,19 +62,44 @@ def grid_sheet(prompts: list[str], pictures: torch.Tensor, columns: int, cols: i
     return sheet
 
 
-def before_after_sheet(prompts: list[str], before: torch.Tensor, after: torch.Tensor, size: int = 160) -> Image.Image:
-    """Two rows of pictures, base above adapter, with the captions below: before, after [N, 3, H, W] uint8."""
-    font, label, gap = ImageFont.load_default(13), 56, 6
-    captions = [wrap(prompt, font, size) for prompt in prompts]
-    height = 2 * (size + gap) + 18 * max(map(len, captions)) + gap
-    sheet = Image.new("RGB", (label + len(prompts) * (size + gap), height), "white")
+@dataclass(frozen=True)
+class ShownPair:
+    """Both pictures of a training pair, with their rewards."""
+
+    prompt: str
+    pictures: torch.Tensor  # [2, 3, H, W] uint8
+    rewards: tuple[float, float]
+
+
+def pair_sheet(pairs: list[ShownPair], columns: int = 4, size: int = 160) -> Image.Image:
+    """Pairs with the two rewards under their pictures: the better one of a pair framed, the sheet's best and worst named."""
+    font, gap, frame = ImageFont.load_default(13), 10, 4
+    line, block_w = 18, 2 * (size + gap) + gap
+    captions = [wrap(pair.prompt, font, block_w - 2 * gap) for pair in pairs]
+    block_h = size + 2 * gap + line * (1 + max(map(len, captions)))
+    sheet = Image.new("RGB", (min(columns, len(pairs)) * block_w, -(-len(pairs) // columns) * block_h + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (name, pictures) in enumerate((("before", before), ("after", after))):
-        top = gap + row * (size + gap)
-        draw.text((6, top + size // 2 - 8), name, fill="black", font=font)
-        for i, picture in enumerate(pictures):
-            sheet.paste(to_image(picture, size).crop((0, 0, size, size)), (label + i * (size + gap), top))
-    for i, lines in enumerate(captions):
-        for k, line in enumerate(lines):
-            draw.text((label + i * (size + gap), 2 * (size + gap) + 4 + 18 * k), line, fill="black", font=font)
+    rewards = [reward for pair in pairs for reward in pair.rewards]
+    for k, (pair, lines) in enumerate(zip(pairs, captions, strict=True)):
+        left, top = k % columns * block_w + gap, k // columns * block_h + gap
+        for i, (picture, reward) in enumerate(zip(pair.pictures, pair.rewards, strict=True)):
+            x = left + i * (size + gap)
+            if reward == max(pair.rewards) > min(pair.rewards):
+                draw.rectangle((x - frame, top - frame, x + size + frame - 1, top + size + frame - 1), fill=BETTER)
+            sheet.paste(to_image(picture, size).crop((0, 0, size, size)), (x, top))
+            name = " best" if reward == max(rewards) else " worst" if reward == min(rewards) else ""
+            draw.text((x, top + size + frame), f"{reward:.4g}{name}", fill="black", font=font)
+        for i, text in enumerate(lines):
+            draw.text((left, top + size + frame + line * (i + 1)), text, fill="black", font=font)
     return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Writes a sheet of a run, whole or not at all. Raises UserError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        sheet.save(partial, format="JPEG", quality=90)
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): make room, then resume.") from error

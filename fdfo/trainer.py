@@ -9,19 +9,25 @@ import torch
 
 from fdfo.checkpoint import Checkpoint
 from fdfo.config import TrainConfig, UserError
+from fdfo.console import announce, command, report_epoch, report_evaluation, resume_command, strict_stop
 from fdfo.distributed import Job
 from fdfo.health import one_colour
-from fdfo.logger import StageClock, versions
+from fdfo.heldout import draw_held_out, score_held_out
+from fdfo.logger import StageClock, evaluation_due, versions
 from fdfo.memory import fitting_plan
 from fdfo.model import FlowModel, TextEmbeddings
-from fdfo.preemption import Guard, LeaveStage, Stopped, guarded
+from fdfo.preemption import Stopped, guarded
 from fdfo.preparation import Run, prepare
 from fdfo.prompts import epoch_prompts
-from fdfo.console import announce, report_epoch, resume_command, strict_stop
+from fdfo.record import best_of, record
 from fdfo.rollout import Differences, Rollout, check_first_scores, encode_prompts, gather_scores, sample_share, score_share
-from fdfo.training_state import adapter_copy, prune_checkpoints, save_checkpoint
+from fdfo.sheets import ShownPair, pair_sheet, save_sheet
+from fdfo.stages import Stages
+from fdfo.training_state import adapter_copy, point_to_best, prune_checkpoints, save_checkpoint
 from fdfo.update import optimizer_step, step_samples
 from rewards import describe
+
+SHOWN_PAIRS = 8  # of a sheet
 
 
 def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, started: Path | None = None) -> Run:
@@ -31,41 +37,25 @@ def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, started:
     when a signal asks for it.
     """
     run = prepare(job, config, checkpoint, started)
+    job.on_main(lambda: point_to_best(run.folder, best_of(run)))
     facts = {"processes": job.world_size, "device": str(job.device), "compile_seconds": run.compile_seconds}
-    run.log.write("start", run.progress.epochs, versions=versions(), scorers=describe(run.reward.scorers), **facts)
-    announce(job, config, run)
+    facts |= {"command": command(job), "versions": versions(), "scorers": describe(run.reward.scorers)}
+    run.log.write("start", run.progress.epochs, **facts)
     run.plan = fitting_plan(job, config, run.model, run.plan)
+    announce(job, config, run)
     with guarded(job, config.timeout_minutes) as guard:
-        stages = Stages(StageClock(job.device), guard)
+        stages = Stages(job, StageClock(job.device), guard)
         try:
+            evaluate(job, config, run, stages)
             while run.progress.epochs < config.num_epochs:
                 train_epoch(job, config, run, stages)
-            guard.enter("the comparison with the base model")
+                evaluate(job, config, run, stages)
         except Stopped as stopped:
             job.on_main(lambda: keep(config, run))
-            complete = run.progress.epochs == config.num_epochs
-            job.print(
-                f"{stopped}; " + ("the run is complete" if complete else f"go on with\n  {resume_command(job, config, run)}")
-            )
+            job.print(f"{stopped}; go on with\n  {resume_command(job, config, run)}")
             run.log.close()
             raise
     return run
-
-
-@dataclass
-class Stages:
-    """Every stage of a run is timed, watched, and a place where all ranks can stop together."""
-
-    clock: StageClock
-    guard: Guard
-
-    @contextlib.contextmanager
-    def __call__(self, name: str, epoch: int, step: int | None = None) -> Iterator[None]:
-        """A stage of the epoch with this index, and for the update of one of its steps. A rank that leaves it ends up behind it."""
-        place = name if step is None else f"step {step + 1} of the {name}"
-        self.guard.enter(f"{place} of epoch {epoch + 1}")
-        with self.clock.stage(name), contextlib.suppress(LeaveStage):  # the next agreement stops all ranks
-            yield
 
 
 @dataclass
@@ -75,6 +65,7 @@ class Experience:
     rollout: Rollout
     differences: Differences
     one_colour: torch.Tensor  # [2P], 1 where the picture is of one colour
+    shown: list[ShownPair]
     guidance_text: TextEmbeddings | None
 
 
@@ -89,8 +80,11 @@ def train_epoch(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None
     steps, progress.steps, progress.epochs = progress.steps, [], epoch + 1
     warnings = report_epoch(job, config, run, stages.clock.read(), experience.differences, experience.one_colour, steps)
     stop = config.strict and bool(warnings)
-    with stages("checkpoint", epoch):  # after the log, so that a checkpoint never lacks its epoch's line
-        if progress.epochs % config.save_freq == 0 or progress.epochs == config.num_epochs or stop:
+    due = run.held_out is not None and evaluation_due(config, progress.epochs)
+    if due and job.is_main:
+        save_sheet(pair_sheet(experience.shown), run.folder / "samples" / f"pairs-{progress.epochs:07d}.jpg")
+    with stages("checkpoint", epoch + 1):  # after the log, so that a checkpoint never lacks its epoch's line
+        if progress.epochs % config.save_freq == 0 or progress.epochs == config.num_epochs or due or stop:
             job.on_main(lambda: keep(config, run))
     if stop:
         raise strict_stop(run, warnings)
@@ -99,20 +93,30 @@ def train_epoch(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None
 def collect(job: Job, config: TrainConfig, run: Run, stages: Stages) -> Experience:
     """Everything up to the update, by the adapter of the epoch's start."""
     epoch, model, pairs = run.progress.epochs, run.model, job.share(config.total_pairs_per_epoch)
-    with stages("encode", epoch):
+    with stages("encode", epoch + 1):
         prompts = epoch_prompts(run.prompts, epoch, config.total_pairs_per_epoch, config.seed)[pairs.start : pairs.stop]
         text, guidance_text = encode_prompts(model, prompts, config)
-    with stages("sample", epoch):
+    with stages("sample", epoch + 1, total=len(pairs), unit="pairs"):
         rollout = sample_share(
-            model, config, run.plan, epoch, pairs, prompts, text, guidance_text, stages.guard.pulse_or_leave
+            model, config, run.plan, epoch, pairs, prompts, text, guidance_text, stages.progress
         )  # fmt: skip
-    with stages("decode", epoch):
+    with stages("decode", epoch + 1):
         images = model.decode(rollout.final)
-    with stages("reward", epoch):
+    with stages("reward", epoch + 1):
         differences = score_share(rollout, images, run.reward)
     if run.progress.samples == 0:
         check_first_scores(gather_scores(job, differences.scores))
-    return Experience(rollout, differences, one_colour(images), guidance_text)
+    return Experience(rollout, differences, one_colour(images), shown_pairs(rollout, differences, images), guidance_text)
+
+
+def shown_pairs(rollout: Rollout, differences: Differences, images: torch.Tensor) -> list[ShownPair]:
+    """This rank's pairs that differ most in reward, the largest difference first: images [2P, 3, H, W] in [0, 1]."""
+    order = differences.dR[::2].abs().argsort(descending=True, stable=True)[:SHOWN_PAIRS].tolist()
+    pictures = (255 * images[[2 * k + i for k in order for i in (0, 1)]]).round().to(torch.uint8).cpu()
+    rewards = differences.reward.view(-1, 2).tolist()
+    return [
+        ShownPair(rollout.prompts[k], pictures[2 * i : 2 * i + 2], (rewards[k][0], rewards[k][1])) for i, k in enumerate(order)
+    ]
 
 
 def update(job: Job, config: TrainConfig, run: Run, stages: Stages, experience: Experience) -> None:
@@ -121,10 +125,10 @@ def update(job: Job, config: TrainConfig, run: Run, stages: Stages, experience: 
     untrained = lora_b(model) if progress.samples == 0 else None
     steps = step_samples(run.plan, config, epoch, job.share(config.total_pairs_per_epoch))
     for number, (samples, total) in list(enumerate(steps))[len(progress.steps) :]:
-        with stages("update", epoch, number):
+        with stages("update", epoch + 1, number, len(samples), "samples"):
             stats = optimizer_step(
                 job, model, config, run.plan, experience.rollout, experience.differences, experience.guidance_text, samples, total,
-                run.optimizer, run.scale, first=epoch == run.first_epoch and number == 0, asked=stages.guard.asked,
+                run.optimizer, run.scale, first=epoch == run.first_epoch and number == 0, asked=stages.asked,
             )  # fmt: skip
         if stats is None:  # a rank was asked to stop
             stages.guard.enter(f"step {number + 1} of the update of epoch {epoch + 1}")
@@ -134,6 +138,25 @@ def update(job: Job, config: TrainConfig, run: Run, stages: Stages, experience: 
         progress.steps.append(stats)
         progress.samples += total
         run.log.write("step", epoch + 1, step=len(progress.steps), **vars(stats))
+
+
+def evaluate(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None:
+    """The evaluation on held-out prompts that is due where the run is, unless the log has it already."""
+    epoch, held_out = run.progress.epochs, run.held_out
+    if held_out is None or run.progress.steps or not evaluation_due(config, epoch):
+        return
+    if job.on_main(lambda: any(line["epoch"] == epoch for line in run.log.evaluations)):
+        return
+    total = len(held_out.own) * held_out.repeats
+    with stages("evaluate", epoch, total=total, unit="pictures"):
+        images = draw_held_out(run.model, config, run.plan, held_out, stages.progress)
+    with stages("evaluate", epoch):
+        evaluation = score_held_out(job, epoch, held_out, images)
+    seconds = stages.clock.take("evaluate")
+    warnings = job.on_main(lambda: record(config, run, evaluation, images[:: held_out.repeats], seconds))
+    report_evaluation(job, run, warnings, seconds)
+    if config.strict and warnings:
+        raise strict_stop(run, warnings)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fdfo.checkpoint import (
+    BEST,
     EPOCH_START,
     FIXED_ON_RESUME,
     STATE,
@@ -95,7 +96,7 @@ def prune_checkpoints(run: Path, keep_last: int | None, keep_every: int | None) 
     """Deletes checkpoints inside epochs that are left behind, and those after whole epochs that the two flags do not keep."""
     found = all_checkpoints(run)
     whole = [folder for folder in found if position(folder)[1] == 0]
-    kept = set(whole if keep_last is None else whole[-keep_last:]) | {found[-1]}
+    kept = set(whole if keep_last is None else whole[-keep_last:]) | {found[-1], (run / "checkpoints" / BEST).resolve()}
     if keep_every is not None:
         kept |= {folder for folder in whole if position(folder)[0] % keep_every == 0}
     try:
@@ -103,6 +104,21 @@ def prune_checkpoints(run: Path, keep_last: int | None, keep_every: int | None) 
             remove_folder(folder)
     except OSError as error:
         raise UserError(f"An old checkpoint in {run} cannot be deleted ({error}): mend that, then resume.") from error
+
+
+def point_to_best(run: Path, epoch: int | None) -> None:
+    """Makes checkpoints/best a link to the checkpoint after that many epochs; takes it away for None."""
+    link = run / "checkpoints" / BEST
+    partial = link.with_name(f".{BEST}.partial")
+    try:
+        partial.unlink(missing_ok=True)  # of a process that was killed
+        if epoch is None:
+            link.unlink(missing_ok=True)
+        else:
+            partial.symlink_to(checkpoint_name(epoch, 0))
+            partial.rename(link)
+    except OSError as error:
+        raise UserError(f"{link} cannot be written ({error.strerror}): mend that, then resume.") from error
 
 
 def optimizer_tensors(model: FlowModel, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:

@@ -99,19 +99,19 @@ def accumulate_gradient(
     samples: torch.Tensor,
     total: int,
     scale: float,
-    asked: Callable[[], bool] = lambda: False,
+    asked: Callable[[int], bool] = lambda done: False,
 ) -> tuple[torch.Tensor, float]:
     """Adds the gradient of the rank's samples to the parameters, scaled, as their part of the mean over `total` samples.
 
     Returns sums over the samples, float64 on the CPU (loss, clipped, ratio, overflows, asked to stop), and the ratio farthest
-    from 1. Ends early when a loss or a scaled gradient is not finite, or when the rank is asked to stop. Dropped pairs count
-    as ratio 1.
+    from 1. Ends early when a loss or a scaled gradient is not finite, or when the rank is asked to stop: asked is called before
+    every micro-batch with the number of samples done. Dropped pairs count as ratio 1.
     """
     sigmas = model.sigmas(config.sample.num_solver_steps).to(model.device)
     guidance, T = config.sample.guidance_scale, config.sample.num_solver_steps
     sums, farthest, previous = torch.zeros(5, dtype=torch.float64), [torch.ones(1, device=model.device)], None
     for start in range(0, len(samples), plan.train_batch):
-        if asked():
+        if asked(start):
             sums[4] = 1
             break
         batch = samples[start : start + plan.train_batch]
@@ -178,7 +178,7 @@ def optimizer_step(
     optimizer: torch.optim.AdamW,
     scale: LossScale,
     first: bool,
-    asked: Callable[[], bool] = lambda: False,
+    asked: Callable[[int], bool] = lambda done: False,
 ) -> StepStats | None:
     """One optimizer step: gradient of the whole job, clipped, applied. A float16 overflow lowers the scale and is redone.
 

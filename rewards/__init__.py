@@ -22,7 +22,7 @@ from fdfo.distributed import Job
 CLIP_SCORERS = ("pickscore", "hpsv2", "clip_h14", "clip_l14", "scene_clip")
 VLM_SCORERS = ("vlm_alignment", "vlm_quality", "vlm_photo")
 VLM_TRAINING_SCORERS = tuple(f"{name}_train" for name in VLM_SCORERS)  # question and pictures as training has them
-SET_SCORERS = ("dreamsim_diversity",)
+SET_SCORERS = ("dreamsim_diversity", "pixel_diversity")
 SCORERS = (*CLIP_SCORERS, *VLM_SCORERS, *VLM_TRAINING_SCORERS, "scene", *SET_SCORERS)
 REWARD_PRESETS = {
     "pickscore": {"pickscore": 1.0},
@@ -119,6 +119,10 @@ def build_scorer(name: str, job: Job) -> Scorer | SetScorer:
         from rewards.scene import SceneScorer
 
         return SceneScorer(job.device)
+    if name == "pixel_diversity":
+        from rewards.pixel_diversity import PixelDiversity
+
+        return PixelDiversity()
     assert name == "dreamsim_diversity", name
     from rewards.dreamsim import DreamSimDiversity
 

@@ -67,5 +67,5 @@ def torchrun(processes: int, *command: object, timeout: int = 240, restarts: int
 
 
 TINY_RUN = (
-    "--preset", "tiny", "--total-pairs-per-epoch", 10, "--sample.num-solver-steps", 4, "--heldout-prompt-set", "None",
+    "--preset", "tiny", "--total-pairs-per-epoch", 10, "--sample.num-solver-steps", 4, "--eval-prompts", 0,
 )  # fmt: skip

@@ -24,7 +24,7 @@ def main(out: str, runs_dir: str, pairs: int) -> None:
         sample=SampleConfig(num_solver_steps=8, resolution=64),
         total_pairs_per_epoch=pairs,
         num_epochs=2,
-        heldout_prompt_set=None,
+        eval_prompts=0,
         runs_dir=Path(runs_dir),
     )
     with start_job() as job:

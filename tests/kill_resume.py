@@ -24,18 +24,17 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from test_training import comparable  # noqa: E402
 
-import fdfo.comparison  # noqa: E402, F401
 import fdfo.trainer  # noqa: E402, F401
 import train  # noqa: E402
 from fdfo.distributed import exit_on_user_error  # noqa: E402
 
 EPOCHS = 6
 FLAGS = (
-    "--preset", "tiny", "--total-pairs-per-epoch", "6", "--sample.num-solver-steps", "4", "--heldout-prompt-set", "None",
-    "--num-epochs", str(EPOCHS), "--save-freq", "1", "--keep-last", "2", "--resume-from", "auto", "--runs-dir",
+    "--preset", "tiny", "--total-pairs-per-epoch", "6", "--sample.num-solver-steps", "4", "--eval-prompts", "2",
+    "--eval-every", "2",    "--num-epochs", str(EPOCHS), "--save-freq", "1", "--keep-last", "2", "--resume-from", "auto", "--runs-dir",
 )  # fmt: skip
 STAGES = {  # function that is on the stack: what the run is doing; the first that matches names it
-    "seal": "sealing a checkpoint", "remove_folder": "deleting a checkpoint", "save_checkpoint": "writing a checkpoint",
+    "record": "recording an evaluation", "draw_held_out": "evaluate", "score_held_out": "evaluate", "seal": "sealing a checkpoint", "remove_folder": "deleting a checkpoint", "save_checkpoint": "writing a checkpoint",
     "create_run_folder": "making the run folder", "reopen_run_folder": "reopening the run folder", "read_state": "reading a checkpoint",
     "encode_prompts": "encode", "sample_share": "sample", "decode": "decode", "score_share": "reward", "optimizer_step": "update",
     "report_epoch": "report", "prepare": "loading",
@@ -105,7 +104,9 @@ class TinyRun:
 
 def final_files(run: Path) -> list[bytes]:
     folder = run / "checkpoints" / f"epoch-{EPOCHS:07d}"
-    return [(folder / name).read_bytes() for name in ("adapter_model.safetensors", "training_state.safetensors")]
+    files = [folder / name for name in ("adapter_model.safetensors", "training_state.safetensors")]
+    files += [run / "samples" / f"epoch-{epoch:07d}.jpg" for epoch in (0, 2, 4, 6)]
+    return [(run / "checkpoints" / "best").readlink().name.encode(), *(file.read_bytes() for file in files)]
 
 
 def trial(folder: Path, straight: Path, chance: random.Random, aim: str | None, seconds: float) -> tuple[list[str], bool]:

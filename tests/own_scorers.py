@@ -15,7 +15,7 @@ class Brightness:
 
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return 100 * images.float().mean((1, 2, 3))
+        return 100 * images.float().mean((1, 2, 3)) / (255 if images.dtype == torch.uint8 else 1)
 
 
 class Constant(Brightness):

@@ -25,7 +25,7 @@ STAGES = {"sample_share": 0, "score_share": 1, "reduce_gradient": 1, "save_check
 def main(runs_dir: Path) -> None:
     config = dataclasses.replace(
         PRESETS["tiny"], sample=SampleConfig(num_solver_steps=4, resolution=64), total_pairs_per_epoch=3, num_epochs=6, save_freq=1,
-        heldout_prompt_set=None, runs_dir=runs_dir / "straight",
+        eval_prompts=0, runs_dir=runs_dir / "straight",
     )  # fmt: skip
     with start_job() as job:
         straight = train(job, config, None).folder

@@ -56,8 +56,11 @@ WRONG = {
     "churn number": (["train", "--preset", "tiny", "--churn.mu", "1"], "no effect"),
     "foreign captions": (["train", "--preset", "tiny", "--prompt-set", "showcase"], "does not understand the caption"),
     "resolution": (["train", "--preset", "tiny", "--sample.resolution", "72"], "multiple of 16"),
-    "held-out metric": (["train", "--preset", "tiny", "--heldout-metrics", "beauty"], "no scorer 'beauty'"),
-    "held-out prompts": (["train", "--preset", "tiny", "--heldout-prompts", "9999"], "from 1 (the processes) to 512"),
+    "held-out metric": (["train", "--preset", "tiny", "--eval-metrics", "beauty"], "no scorer 'beauty'"),
+    "held-out prompts": (["train", "--preset", "tiny", "--eval-prompts", "9999"], "tiny_heldout has 512 prompts"),
+    "one held-out prompt": (["train", "--preset", "tiny", "--eval-prompts", "1"], "2 or more, or 0"),
+    "all held out": (["train", "--preset", "tiny", "--eval-prompt-set", "None", "--eval-prompts", "5000"], "lower --eval-prompts"),
+    "metric twice": (["train", "--preset", "tiny", "--eval-metrics", "scene", "scene"], "names a scorer twice"),
     "guidance": (["train", "--preset", "tiny", "--sample.guidance-scale", "0.5"], "--sample.guidance-scale must be 1"),
     "run name": (["train", "--preset", "tiny", "--run-name", "a/b"], "--run-name"),
     "out": (["generate", "--preset", "tiny", "--out", "x.gif"], ".jpg or .png"),
@@ -88,7 +91,7 @@ def test_a_mistake_leaves_no_traceback_and_exit_code_2():
 
 
 def test_weights_and_biases_is_not_imported_unasked():
-    code = "import sys, train, fdfo.trainer, fdfo.evaluation, fdfo.comparison; sys.exit('wandb' in sys.modules)"
+    code = "import sys, train, fdfo.trainer, fdfo.evaluation; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100).returncode == 0
 
 

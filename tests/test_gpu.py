@@ -22,7 +22,7 @@ GPU = torch.device("cuda", 0)
 
 def small(folder: Path, **changes) -> TrainConfig:
     quick = dict(
-        sample=SampleConfig(num_solver_steps=6, resolution=64), total_pairs_per_epoch=16, num_epochs=2, heldout_prompt_set=None,
+        sample=SampleConfig(num_solver_steps=6, resolution=64), total_pairs_per_epoch=16, num_epochs=2, eval_prompts=0,
         runs_dir=folder,
     )  # fmt: skip
     return dataclasses.replace(PRESETS["tiny"], **(quick | changes))

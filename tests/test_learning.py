@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from fdfo.comparison import compare_with_base
 from fdfo.config import PRESETS
 from fdfo.distributed import Job
+from fdfo.selection import change, evaluation_of
 from fdfo.trainer import train
 
 
@@ -16,13 +16,12 @@ def test_a_few_epochs_raise_the_held_out_reward(job: Job, tmp_path: Path):
         train=dataclasses.replace(tiny.train, learning_rate=4e-4),
         total_pairs_per_epoch=64,
         num_epochs=8,
-        heldout_prompts=128,
+        eval_every=8,
         runs_dir=tmp_path,
     )
-    run = train(job, config, None)
-    scene, clip = compare_with_base(job, run.model, config, run.heldout, run.folder)
-    print(scene.describe(), clip.describe(), sep="\n")
-    assert scene.metric == "scene" and scene.count == 128
-    assert scene.after - scene.before > 2 * scene.error
-    assert clip.after > clip.before
-    assert (run.folder / "before_after.png").stat().st_size > 10_000
+    first, last = map(evaluation_of, train(job, config, None).log.evaluations)
+    scene, clip = change("scene", first, last), change("scene_clip", first, last)
+    print(scene, clip, sep="\n")
+    assert scene.count == 128
+    assert scene.difference > 2 * scene.error
+    assert clip.difference > 0

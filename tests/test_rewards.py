@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from fdfo.comparison import compare
 from fdfo.config import UserError
 from fdfo.rollout import check_first_scores
 from fdfo.tiny import SCENE_CLIP
@@ -155,9 +154,3 @@ def test_first_scores_must_be_finite_and_differ():
         check_first_scores({"scene": [1.0, 2.0], "flat": [5.0] * 3})
     with pytest.raises(UserError, match="holes gave 1 of 2 pictures a score that is not finite"):
         check_first_scores({"holes": [1.0, float("nan")]})
-
-
-def test_paired_comparison():
-    result = compare("scene", [1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
-    assert (result.before, result.after, result.count) == (2.0, 4.0, 3)
-    assert abs(result.error - 1 / 3**0.5) < 1e-12

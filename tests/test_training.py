@@ -27,7 +27,7 @@ def small(folder: Path, **changes) -> TrainConfig:
         sample=SampleConfig(num_solver_steps=4, resolution=64),
         total_pairs_per_epoch=6,
         num_epochs=1,
-        heldout_prompt_set=None,
+        eval_prompts=0,
         runs_dir=folder,
     )
     return dataclasses.replace(TINY, **(quick | changes))

@@ -123,7 +123,7 @@ def test_training_with_the_judge(folder: Path, job: Job, tmp_path: Path):
 
     config = dataclasses.replace(
         PRESETS["tiny"], sample=SampleConfig(num_solver_steps=2, resolution=64), total_pairs_per_epoch=3, num_epochs=1,
-        heldout_prompt_set=None, runs_dir=tmp_path, reward_specs=("scene_clip=1.0", "vlm_alignment=0.1"), vlm_model_name=str(folder),
+        eval_prompts=0, runs_dir=tmp_path, reward_specs=("scene_clip=1.0", "vlm_alignment=0.1"), vlm_model_name=str(folder),
     )  # fmt: skip
     run = train(job, config, None)
     lines = [json.loads(line) for line in (run.folder / "training_log.jsonl").read_text().splitlines()]
