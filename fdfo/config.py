@@ -94,7 +94,7 @@ class TrainConfig:
     --eval-every and --eval-least-diversity say, from its newest whole checkpoint or, where it has none, from its beginning; a new run where there is no
     such folder"""
     strict: bool = False
-    """stop with a checkpoint where an epoch's health check warns"""
+    """stop with a checkpoint where an epoch's health check or an evaluation warns"""
     timeout_minutes: float = 30.0
     """minutes without progress (a micro-batch, an optimizer step, a stage) after which the job is ended"""
     lora_rank: int = 32
@@ -180,8 +180,8 @@ class MetricsConfig:
     """Score the pictures that checkpoints, or the base model, draw for a prompt set; or pictures that are there already."""
 
     metrics: tuple[str, ...]
-    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, dreamsim_diversity, scene,
-    scene_clip; vlm_..._train asks as training does; MODULE:CLASS is one of your own"""
+    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, dreamsim_diversity, pixel_diversity,
+    scene, scene_clip; vlm_..._train asks as training does; MODULE:CLASS is one of your own"""
     checkpoint: tuple[str, ...] = ()
     """one or more of: checkpoint folder, run folder (all its checkpoints), hub URL, hf:OWNER/NAME/FOLDER, or the word base; the
     base model if left out"""
