@@ -1,6 +1,7 @@
 """adapter_config.json of adapters that anybody may have written: weights of a plain LoRA, and nothing else, are loaded."""
 
 import dataclasses
+import re
 
 from peft import LoraConfig
 
@@ -28,7 +29,17 @@ def check_adapter_config(values: dict) -> None:
         raise ValueError("its init_lora_weights would change the base model")
     if not all(isinstance(name, str) for name in values.get("target_modules", ())):
         raise ValueError("its target_modules are no names")
+    check_patterns(values)
     check_numbers(values)
+
+
+def check_patterns(values: dict) -> None:
+    """Raises ValueError for a key of rank_pattern or alpha_pattern that PEFT could not search for."""
+    for pattern in (*values.get("rank_pattern", {}), *values.get("alpha_pattern", {})):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"its pattern {pattern[:100]!r} is none ({error})") from error
 
 
 def check_numbers(values: dict) -> None:

@@ -105,7 +105,8 @@ class TinyRun:
 
 def final_files(run: Path) -> list[bytes]:
     folder = run / "checkpoints" / f"epoch-{EPOCHS:07d}"
-    return [(folder / name).read_bytes() for name in ("adapter_model.safetensors", "training_state.safetensors")]
+    names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "README.md", "training_state.safetensors")
+    return [(folder / name).read_bytes() for name in names]
 
 
 def trial(folder: Path, straight: Path, chance: random.Random, aim: str | None, seconds: float) -> tuple[list[str], bool]:
