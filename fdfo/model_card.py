@@ -125,9 +125,9 @@ def code(origin: Origin, merged: bool, place: str) -> str:
         "height": settings.sample.resolution,
         "width": settings.sample.resolution,
     } | ({"max_sequence_length": TEXT_TOKENS} if bundled else {})  # fmt: skip
-    types = ', torch_dtype=torch.bfloat16).to("cuda")' if half else ")"
-    lines = ["import torch"] * half + ["from diffusers import StableDiffusion3Pipeline", ""]
-    lines.append(f'pipe = StableDiffusion3Pipeline.from_pretrained("{place if merged else base}"{types}')
+    types = 'torch_dtype=torch.bfloat16).to("cuda")' if half else "torch_dtype=torch.float32)"
+    lines = ["import torch", "from diffusers import StableDiffusion3Pipeline", ""]
+    lines.append(f'pipe = StableDiffusion3Pipeline.from_pretrained("{place if merged else base}", {types}')
     if not merged:
         lines.append(f'pipe.load_lora_weights("{place}")')
     lines.append(f'image = pipe("{prompt}", {", ".join(f"{name}={value}" for name, value in options.items())}).images[0]')

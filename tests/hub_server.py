@@ -12,11 +12,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class HubServer:
     """Serves one repository from a dict of file contents; `served` lists the files that were fetched.
 
-    Who has the token may upload: all files come within the commit, since this hub names none that is to be stored elsewhere.
+    A repository without files is made by its first upload. Who has the token may upload, and sees what is private. All files
+    come within the commit, since this hub names none that is to be stored elsewhere.
     """
 
     def __init__(self, repository: str, files: dict[str, bytes], token: str = "hf_write"):
-        self.repository, self.files, self.served, self.private, self.token = repository, files, [], False, token
+        self.repository, self.files, self.served, self.token = repository, files, [], token
+        self.visible = bool(files)  # to everybody
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -27,6 +29,8 @@ class HubServer:
                 self.answer(send_body=True)
 
             def answer(self, send_body: bool) -> None:
+                if not hub.visible and not self.has_token():
+                    return self.send_error(401)
                 path = self.path.split("?")[0].strip("/")
                 if path.startswith(f"api/models/{hub.repository}/tree/"):
                     return self.reply(json.dumps(hub.tree()).encode(), {"Content-Type": "application/json"}, send_body)
@@ -44,10 +48,13 @@ class HubServer:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.headers["Authorization"] != f"Bearer {hub.token}":
+                if not self.has_token():
                     return self.send_error(401)
                 answer = hub.posted(self.path.strip("/"), [json.loads(line) for line in body.splitlines()])
                 return self.reply(json.dumps(answer).encode(), {"Content-Type": "application/json"}, True)
+
+            def has_token(self) -> bool:
+                return self.headers["Authorization"] == f"Bearer {hub.token}"
 
             def reply(self, content: bytes, headers: dict[str, str], send_body: bool) -> None:
                 self.send_response(200)
@@ -71,14 +78,14 @@ class HubServer:
             "sha": COMMIT,
             "siblings": siblings,
             "tags": [],
-            "private": self.private,
+            "private": not self.visible,
         }
 
     def posted(self, path: str, lines: list[dict]) -> dict:
         """What the hub does with the lines of a POST, and what it answers."""
         if path == "api/repos/create":
             assert f"{lines[0]['organization']}/{lines[0]['name']}" == self.repository
-            self.private = lines[0]["visibility"] == "private"
+            self.visible = lines[0]["visibility"] == "public"
             return {"url": f"{self.url}/{self.repository}"}
         if path == "api/validate-yaml":
             return {"errors": [], "warnings": []}

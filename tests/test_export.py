@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, ROOT
@@ -15,6 +17,7 @@ from diffusers import StableDiffusion3Pipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_training import small
@@ -39,7 +42,7 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs with guidance 2, and with a learning rate that moves the adapter far."""
-    sample, optimizer = SampleConfig(4, 2.0, 64), OptimConfig(learning_rate=2e-3, clip_range=0.2)
+    sample, optimizer = SampleConfig(4, 2.0, 64), OptimConfig(learning_rate=4e-3, clip_range=0.2)
     config = small(tmp_path_factory.mktemp("runs"), num_epochs=2, save_freq=1, sample=sample, train=optimizer)
     return train(Job(0, 1, CPU), config, None).folder
 
@@ -78,7 +81,7 @@ def drawn_by_diffusers(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
 
 
 def stock(folder: Path = TINY_MODEL) -> StableDiffusion3Pipeline:
-    return StableDiffusion3Pipeline.from_pretrained(str(folder))
+    return StableDiffusion3Pipeline.from_pretrained(str(folder), torch_dtype=torch.float32)
 
 
 def same(one: torch.Tensor, two: torch.Tensor) -> bool:
@@ -88,7 +91,7 @@ def same(one: torch.Tensor, two: torch.Tensor) -> bool:
 def test_diffusers_alone_draws_the_same_pictures(run: Path):
     """From the checkpoint's own folder, whose other files are not mistaken for the LoRA."""
     expected = drawn(run / "checkpoints" / "epoch-0000002")
-    assert (expected - drawn(None)).abs().float().mean() > 3
+    assert (expected - drawn(None)).abs().float().mean() > 1
     pipe = stock()
     pipe.load_lora_weights(str(run / "checkpoints" / "epoch-0000002"))
     assert same(drawn_by_diffusers(pipe), expected)
@@ -114,7 +117,7 @@ def test_ranks_and_alphas_of_a_foreign_adapter_are_kept(run_cli, foreign: Path, 
     assert {path.name for path in (tmp_path / "lora").iterdir()} == {LORA_FILE, CARD}
     assert {min(tensor.shape) for tensor in load_file(tmp_path / "lora" / LORA_FILE).values()} == {9}
     expected, pipe = drawn(foreign), stock()
-    assert (expected - drawn(None)).abs().float().mean() > 3
+    assert (expected - drawn(None)).abs().float().mean() > 1
     pipe.load_lora_weights(str(tmp_path / "lora"))
     assert same(drawn_by_diffusers(pipe), expected)
     card = (tmp_path / "lora" / CARD).read_text()
@@ -136,26 +139,29 @@ def test_a_merged_pipeline_is_a_pipeline_like_any_other(run_cli, run: Path, tmp_
     assert same(drawn(None, pretrained_model=str(merged)), expected)
     texts = [path.read_text() for path in merged.rglob("*") if path.suffix in (".json", ".md")]
     assert not any(str(ROOT) in text or str(tmp_path) in text for text in texts)
-    assert run_cli("fdfo.export", run, "--merge", half, "--dtype", "bf16")[0] == 0
-    kept = load_file(half / "transformer" / "diffusion_pytorch_model.safetensors")
-    whole = load_file(merged / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert kept.keys() == whole.keys()
-    assert all(
-        kept[name].dtype == torch.bfloat16 and torch.allclose(kept[name].float(), whole[name], rtol=2**-7) for name in kept
-    )
+    assert run_cli("fdfo.export", run, "--merge", half, "--dtype", "fp16")[0] == 0
+    weights = load_file(half / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert same(drawn_by_diffusers(stock(half)), expected)
     assert run_cli("train", "--preset", "tiny", "--pretrained-model", merged, "--total-pairs-per-epoch", 2, "--num-epochs", 1,
                    "--heldout-prompt-set", "None", "--runs-dir", tmp_path / "runs")[0] == 0  # fmt: skip
     card = next(tmp_path.glob("runs/*/checkpoints/*/README.md")).read_text()
     assert "LoRA for merged" in card and "base_model" not in card and str(tmp_path) not in card
 
 
+def code_of(card: str) -> str:
+    return card.split("```python\n")[1].split("```")[0]
+
+
 def test_the_code_in_a_card_draws(run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     folder = run / "checkpoints" / "epoch-0000002"
-    code = (folder / CARD).read_text().split("```python\n")[1].split("```")[0]
-    names: dict = {}
+    code, names = code_of((folder / CARD).read_text()), {}
+    assert "guidance_scale=2.0" in code and len([line for line in code.splitlines() if line]) == 5
+    torch.manual_seed(3)
     exec(code.replace("FOLDER", str(folder)), names)
-    assert names["image"].size == (64, 64) and "guidance_scale=2.0" in code and len(code.splitlines()) <= 6
+    pixels = torch.from_numpy(np.array(names["image"])).permute(2, 0, 1).int()
+    assert same(pixels, drawn(folder)[0])
 
 
 def test_the_card_of_stable_diffusion():
@@ -167,7 +173,7 @@ def test_the_card_of_stable_diffusion():
     assert data["tags"] == ["lora", "text-to-image", "fdfo"]
     for part in ("1 pickscore + 0.1 vlm_alignment", "100 epochs of 432 pairs", "guidance_scale=4.5", 'load_lora_weights("me/mine")',
                  "torch.bfloat16", "height=512", "| learning rate, clip range, KL weight | 3e-05, 0.03, 0 |", "Powered by Stability AI",
-                 f"torch {torch.__version__}", "| prompts.txt |"):  # fmt: skip
+                 f"torch {version('torch')}", "| prompts.txt |"):  # fmt: skip
         assert part in text
     assert "/home/me" not in text
     merged = model_card(Origin(SD35_MEDIUM, config, True, 4.5, 100), merged=True)
@@ -264,16 +270,19 @@ def test_upload_and_use_from_the_hub(run: Path, tmp_path: Path):
         command = [sys.executable, *map(str, command)]
         return subprocess.run(command, cwd=ROOT, env=names | own | variables, capture_output=True, text=True, timeout=100)
 
-    push = ("-m", "fdfo.export", run, "--push-to-hub", "me/mine")
+    push, token = ("-m", "fdfo.export", run, "--push-to-hub", "me/mine"), {"HF_TOKEN": "hf_write"}
     with HubServer("me/mine", {}) as server:
         done = call(*push)
-        assert done.returncode == 2 and not server.files
-        assert "me/mine on the hub cannot be written" in done.stderr and "Traceback" not in done.stderr
-        done = call(*push, HF_TOKEN="hf_write")
+        assert done.returncode == 2 and not server.files and "Traceback" not in done.stderr
+        assert "me/mine on the hub cannot be written" in done.stderr
+        done = call(*push, **token)
         assert done.returncode == 0 and f"{server.url}/me/mine" in done.stdout, done.stderr
-        assert set(server.files) == {LORA_FILE, CARD} and server.private
+        assert set(server.files) == {LORA_FILE, CARD} and not server.visible
         assert b'load_lora_weights("me/mine")' in server.files[CARD]
-        done = call("-c", f"from test_export import *; save_file(dict(x=hub_pictures()), {str(tmp_path / 'x')!r})",
-                    PYTHONPATH=f"{ROOT}/tests:{ROOT}")  # fmt: skip
+        draw = (
+            f"import torch; torch.manual_seed(3)\n{code_of(server.files[CARD].decode())}\nimage.save({str(tmp_path / 'x.png')!r})"
+        )
+        done = call("-c", draw, **token)
         assert done.returncode == 0, done.stderr
-    assert same(load_file(tmp_path / "x")["x"], drawn(run / "checkpoints" / "epoch-0000002"))
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "x.png"))).permute(2, 0, 1).int()
+    assert same(pixels, drawn(run / "checkpoints" / "epoch-0000002")[0])
