@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 from fdfo.config import SD35_MEDIUM, TrainConfig, UserError
 from fdfo.hub import BUNDLED_MODELS
 from fdfo.logger import versions
+from fdfo.manifest import is_folder
 from fdfo.plan import plan_churn
 from fdfo.tiny import TEXT_TOKENS
 from rewards import REWARD_PRESETS
@@ -71,7 +72,7 @@ def public_name(base: str) -> str:
 
 
 def is_hub_id(base: str) -> bool:
-    return HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+    return HUB_ID.fullmatch(base) is not None and not is_folder(Path(base))
 
 
 def header(origin: Origin, merged: bool) -> str:
@@ -150,9 +151,9 @@ def settings_table(origin: Origin) -> str:
         "prompt set": Path(config.prompt_set).name,
         "seed": config.seed,
         "pairs an epoch, optimizer steps an epoch": f"{config.total_pairs_per_epoch}, {config.gradient_steps_per_epoch}",
-        "solver steps, resolution, guidance": f"{config.sample.num_solver_steps}, {config.sample.resolution}, {config.sample.guidance_scale:g}",
+        "solver steps, resolution, guidance": f"{config.sample.num_solver_steps}, {config.sample.resolution}, {config.sample.guidance_scale}",
         "churn": f"{config.churn.schedule} ({churn})",
-        "learning rate, clip range, KL weight": f"{config.train.learning_rate:g}, {config.train.clip_range:g}, {config.train.kl_weight:g}",
+        "learning rate, clip range, KL weight": f"{config.train.learning_rate}, {config.train.clip_range}, {config.train.kl_weight}",
         "LoRA rank, alpha": f"{config.lora_rank}, {config.lora_alpha}",
         "precision": config.precision,
     }
