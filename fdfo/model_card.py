@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 from fdfo.config import SD35_MEDIUM, TrainConfig, UserError
 from fdfo.hub import BUNDLED_MODELS
 from fdfo.logger import versions
+from fdfo.lora_file import LORA_FILE
 from fdfo.manifest import is_folder
 from fdfo.plan import plan_churn
 from fdfo.tiny import TEXT_TOKENS
@@ -30,6 +31,11 @@ LICENCE_TEXTS = {
     "Rights Reserved. That licence holds for these weights, too.",
     "tiny": "Apache-2.0, as the base model.",
 }
+TRAINED = (
+    "Trained with FDFO, Finite Difference Flow Optimization ([arXiv 2603.12893](https://arxiv.org/abs/2603.12893)): online "
+    "reinforcement learning of a text-to-image flow model with a reward.\n"
+)
+EXPORTED = "Made from a PEFT adapter by `fdfo.export`; how it was trained stands where it was published.\n"
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,11 @@ def model_card(origin: Origin, merged: bool, place: str = PLACE) -> str:
 
     The same text for the same checkpoint: no times, no paths, nothing that a resumed run may change without changing its numbers.
     """
-    what = "pipeline: {base} with a merged LoRA" if merged else "LoRA for {base}"
+    what = "{base} with a merged LoRA" if merged else "LoRA for {base}"
     parts = [
         f"---\n{header(origin, merged)}\n---\n",
         f"# {what.format(base=public_name(origin.base))}\n",
-        "Trained with FDFO, Finite Difference Flow Optimization ([arXiv 2603.12893](https://arxiv.org/abs/2603.12893)): online "
-        "reinforcement learning of a text-to-image flow model with a reward.\n",
+        TRAINED if origin.known_run else EXPORTED,
         facts(origin),
         f"## Use\n\n```python\n{code(origin, merged, place)}\n```\n",
         advice(merged),
@@ -62,8 +67,14 @@ def model_card(origin: Origin, merged: bool, place: str = PLACE) -> str:
     if origin.known_run:
         parts.append(f"## Settings of the run\n\n{settings_table(origin)}\n")
     parts.append("Written with " + ", ".join(f"{name} {number}" for name, number in versions().items()) + ".\n")
-    parts.append("## Licence\n\n" + LICENCE_TEXTS.get(origin.base, "That of the base model holds for these weights, too.") + "\n")
+    parts.append(f"## Licence\n\n{licence_text(origin)}\n")
     return "\n".join(parts)
+
+
+def licence_text(origin: Origin) -> str:
+    if not origin.known_run:
+        return "Those of the base model and of the adapter that this was made from hold for these weights, too."
+    return LICENCE_TEXTS.get(origin.base, "That of the base model holds for these weights, too.")
 
 
 def public_name(base: str) -> str:
@@ -76,15 +87,13 @@ def is_hub_id(base: str) -> bool:
 
 
 def header(origin: Origin, merged: bool) -> str:
-    """The YAML that the hub reads. A base model that is not on the hub has no entry."""
+    """The YAML that the hub reads. A base model that is not on the hub has no entry; an adapter of others may have its own licence."""
     base = (
         {"base_model": origin.base, "base_model_relation": "finetune" if merged else "adapter"} if is_hub_id(origin.base) else {}
     )
     tags = ["text-to-image", "fdfo"] if merged else ["lora", "text-to-image", "fdfo"]
-    data = ModelCardData(
-        library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **base, **LICENCES.get(origin.base, {})
-    )  # fmt: skip
-    return data.to_yaml()
+    licence = LICENCES.get(origin.base, {}) if origin.known_run else {}
+    return ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **base, **licence).to_yaml()
 
 
 def facts(origin: Origin) -> str:
@@ -130,7 +139,7 @@ def code(origin: Origin, merged: bool, place: str) -> str:
     lines = ["import torch", "from diffusers import StableDiffusion3Pipeline", ""]
     lines.append(f'pipe = StableDiffusion3Pipeline.from_pretrained("{place if merged else base}", {types}')
     if not merged:
-        lines.append(f'pipe.load_lora_weights("{place}")')
+        lines.append(f'pipe.load_lora_weights("{place}", weight_name="{LORA_FILE}")')
     lines.append(f'image = pipe("{prompt}", {", ".join(f"{name}={value}" for name, value in options.items())}).images[0]')
     return "\n".join(lines)
 
@@ -139,7 +148,7 @@ def advice(merged: bool) -> str:
     if merged:
         return "The adapter is part of the transformer's weights; there is nothing else to load.\n"
     return (
-        "`pytorch_lora_weights.safetensors` holds A and B of W + B A. The LoRA's scale (alpha / rank) is inside B and there are no alpha "
+        f"`{LORA_FILE}` holds A and B of W + B A. The LoRA's scale (alpha / rank) is inside B and there are no alpha "
         "entries, so it is to be loaded with strength 1 everywhere.\n"
     )
 
