@@ -271,6 +271,7 @@ def test_upload_and_use_from_the_hub(run: Path, tmp_path: Path):
         command = [sys.executable, "tests/hub_probe.py", run, "me/mine", server.token, tmp_path / "x.png"]
         done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+    assert "with it: 0 and in public: 2" in done.stdout and "is private: leave --public out" in done.stderr
     assert "without a token: 2" in done.stdout and "me/mine on the hub cannot be written" in done.stderr
     assert f"epoch-0000002: {server.url}/me/mine" in done.stdout
     assert set(server.files) == {LORA_FILE, CARD} and not server.visible
