@@ -1,6 +1,7 @@
 """adapter_config.json of adapters that anybody may have written: weights of a plain LoRA, and nothing else, are loaded."""
 
 import dataclasses
+import re
 
 from peft import LoraConfig
 
@@ -10,6 +11,9 @@ PLAIN = {  # what may differ from PEFT's default, and of which type
     "r": int, "lora_alpha": NUMBER, "target_modules": list, "lora_dropout": NUMBER, "init_lora_weights": (bool, str),
     "rank_pattern": dict, "alpha_pattern": dict, "use_rslora": bool, "use_dora": bool, "fan_in_fan_out": bool, "inference_mode": bool,
 }  # fmt: skip
+PATTERN = re.compile(
+    r"[\w.^$\\|\[\]-]+([*+?][\w.^$\\|\[\]-]*){0,3}", re.ASCII
+)  # no groups, and few repetitions, so that searching ends
 IGNORED = ("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 
 
@@ -28,7 +32,19 @@ def check_adapter_config(values: dict) -> None:
         raise ValueError("its init_lora_weights would change the base model")
     if not all(isinstance(name, str) for name in values.get("target_modules", ())):
         raise ValueError("its target_modules are no names")
+    check_patterns(values)
     check_numbers(values)
+
+
+def check_patterns(values: dict) -> None:
+    """Raises ValueError for a key of rank_pattern or alpha_pattern that PEFT could not search for, or not in reasonable time."""
+    for pattern in (*values.get("rank_pattern", {}), *values.get("alpha_pattern", {})):
+        try:
+            if not PATTERN.fullmatch(pattern):
+                raise ValueError("it is neither a name nor a simple expression")
+            re.compile(pattern)
+        except (re.error, ValueError) as error:
+            raise ValueError(f"its pattern {pattern[:100]!r} cannot be used: {error}") from error
 
 
 def check_numbers(values: dict) -> None:

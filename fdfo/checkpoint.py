@@ -8,12 +8,14 @@ from pathlib import Path
 from fdfo.command_line import check_train_config
 from fdfo.config import TrainConfig, UserError, config_from_json
 from fdfo.hub import ADAPTER, check_adapter_files, download_folder
+from fdfo.lora_file import LORA_FILE
 from fdfo.manifest import LARGEST_JSON, is_file, is_folder, read_bounded, sealed_state
 
 AUTO, BEST = "auto", "best"
 CFG_IN_NAME = re.compile(r"(no-cfg|cfg[-_](\d+)[.p](\d+))(?=[/_-]|$)")
 CHECKPOINT_NAME = re.compile(r"epoch-(\d{7,})(?:-step-(\d{7,}))?")
 STATE, TENSORS, EPOCH_START = "training_state.json", "training_state.safetensors", "epoch_start.safetensors"
+CARD = "README.md"  # the model card, which is what the hub shows of a folder
 FIXED_ON_RESUME = (
     "seed", "vlm_model_name", "lora_rank", "lora_alpha", "pretrained_model", "prompt_set", "total_pairs_per_epoch", "gradient_steps_per_epoch",
     "sample", "churn", "reward_preset", "reward_specs", "precision", "eval_prompts", "eval_prompt_set", "eval_metrics",
@@ -71,7 +73,7 @@ def find_checkpoint(text: str) -> Checkpoint:
 
 def read_state(folder: Path) -> dict:
     """The training state of a checkpoint folder. Raises UserError unless all of the folder is as it was written."""
-    return sealed_state(folder, STATE, ("adapter_config.json", ADAPTER, TENSORS, EPOCH_START))
+    return sealed_state(folder, STATE, ("adapter_config.json", ADAPTER, LORA_FILE, CARD, TENSORS, EPOCH_START))
 
 
 def checkpoint_name(epochs: int, steps: int) -> str:

@@ -1,12 +1,13 @@
-"""Reads and checks the three command lines."""
+"""Reads and checks the four command lines."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 
 import tyro
 
-from fdfo.config import PRESETS, GenerateConfig, MetricsConfig, TrainConfig, UserError
+from fdfo.config import PRESETS, ExportConfig, GenerateConfig, MetricsConfig, TrainConfig, UserError
 from fdfo.plan import plan_churn
 
 
@@ -138,3 +139,21 @@ def check_no_drawing(config: MetricsConfig) -> None:
     for name in DRAWING_FIELDS:
         if getattr(config, name) != MetricsConfig.__dataclass_fields__[name].default:
             raise UserError(f"--{name.replace('_', '-')} has no effect with --images, which scores what is there: leave it out.")
+
+
+def parse_export_config(argv: Sequence[str]) -> ExportConfig:
+    config = tyro.cli(ExportConfig, args=list(argv), config=(tyro.conf.PositionalRequiredArgs,))
+    if config.lora is None and config.merge is None and config.push_to_hub is None:
+        raise UserError("There is nothing to write: give --lora FOLDER, --merge FOLDER or --push-to-hub OWNER/NAME.")
+    if config.lora is not None and config.merge is not None:
+        raise UserError("--lora and --merge exclude each other: write them in two calls.")
+    for flag, folder in (("--lora", config.lora), ("--merge", config.merge)):
+        if folder is not None and os.path.lexists(folder):
+            raise UserError(f"{folder} is there already: give {flag} the name of a new folder.")
+    if config.dtype is not None and config.merge is None:
+        raise UserError("--dtype has no effect without --merge, since a LoRA is written in float32: leave it out.")
+    if config.public and config.push_to_hub is None:
+        raise UserError("--public has no effect without --push-to-hub: leave it out.")
+    if config.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.push_to_hub, re.ASCII):
+        raise UserError(f"--push-to-hub {config.push_to_hub!r} is no name on the hub: write OWNER/NAME.")
+    return config

@@ -1,4 +1,4 @@
-"""The three command lines as frozen dataclasses, their presets, and config.json."""
+"""The four command lines as frozen dataclasses, their presets, and config.json."""
 
 import dataclasses
 import json
@@ -222,6 +222,28 @@ class MetricsConfig:
     """judge of the vlm metrics: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""
     vlm_use_fsdp: bool = True
     """shard the judge over the GPUs of the job where one has no room for it"""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint for use elsewhere: as a LoRA that diffusers loads, or merged into a whole pipeline."""
+
+    checkpoint: str
+    """checkpoint folder, run folder (its newest whole checkpoint), hub URL or hf:OWNER/NAME/FOLDER"""
+    lora: Path | None = None
+    """new folder for the LoRA in diffusers' format and its model card"""
+    merge: Path | None = None
+    """new folder for the whole pipeline with the adapter merged in, and its model card"""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """with --merge: type of the pipeline's weights; by default fp32 for a run in fp32, else bf16"""
+    push_to_hub: str | None = None
+    """OWNER/NAME on the hub that the LoRA, or with --merge the pipeline, is uploaded to; it is made where it does not exist"""
+    public: bool = False
+    """with --push-to-hub: everybody may see it; by default only its owner"""
+    preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
+    """base model where neither the checkpoint's run nor a flag gives it"""
+    pretrained_model: str | None = None
+    """hub id or folder of the base model, or tiny"""
 
 
 PRESETS = {

@@ -12,7 +12,7 @@ import httpx
 import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import create_repo, hf_hub_download, model_info, snapshot_download, upload_folder
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from fdfo.adapter_config import check_adapter_config
@@ -55,11 +55,48 @@ def hub_errors(name: str) -> Iterator[None]:
             f"The hub has no repository {name}, or it is private or gated: check the name, accept its licence, `hf auth login`."
         ) from error
     except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         raise UserError(
-            f"{name} cannot be loaded ({reason}): check the name and the network; for a gated model accept its licence "
+            f"{name} cannot be loaded ({reason(error)}): check the name and the network; for a gated model accept its licence "
             "and run `hf auth login`; a folder must hold a complete model."
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's text that says anything."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+@contextlib.contextmanager
+def push_errors(name: str) -> Iterator[None]:
+    """Turns the ways in which nothing can be written to the hub into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:  # RuntimeError is what the hub's Xet client raises
+        raise UserError(
+            f"{name} on the hub cannot be written ({reason(error)}): run `hf auth login` with a token that may write there, check the "
+            "name and the network."
+        ) from error
+
+
+def open_repository(name: str, public: bool) -> str:
+    """Makes OWNER/NAME on the hub where it does not exist; returns its address.
+
+    Raises UserError where it cannot be written, or where one that exists is private or public against the caller's wish.
+    """
+    with push_errors(name):
+        address = create_repo(name, private=not public, exist_ok=True)
+        if model_info(name).private == public:
+            are, advice = ("private", "leave --public out") if public else ("public", "add --public")
+            raise UserError(f"{name} is on the hub already and is {are}: {advice}, or give another name.")
+    return str(address)
+
+
+def push_folder(folder: Path, name: str) -> None:
+    """Uploads a folder's files in one commit. Raises UserError."""
+    with push_errors(name):
+        upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by fdfo.export")
 
 
 def check_adapter_files(folder: Path, name: object) -> None:

@@ -12,6 +12,7 @@ from fdfo.distributed import Job, check_device
 from fdfo.health import Health
 from fdfo.heldout import HeldOut, PromptSplit, prepare_held_out, split_prompts
 from fdfo.logger import RunLog, check_writable, claim, create_run_folder, read_log, reopen_run_folder
+from fdfo.lora_file import check_plain
 from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_batches
 from fdfo.training_state import Progress, check_resume, load_training_state
@@ -144,8 +145,7 @@ def accelerate(job: Job, config: TrainConfig, plan: BatchPlan, model: FlowModel)
 
 def check_lora_numbers(model: FlowModel, config: TrainConfig, checkpoint: Checkpoint) -> None:
     lora = model.peft.peft_config["default"]
-    if lora.use_dora or lora.lora_bias:
-        raise UserError(f"The adapter in {checkpoint.folder} is more than a plain LoRA (DoRA or a bias): train from a plain one.")
+    check_plain(lora, checkpoint.folder)
     if (lora.r, lora.lora_alpha) != (config.lora_rank, config.lora_alpha):
         raise UserError(
             f"The adapter in {checkpoint.folder} has rank {lora.r} and alpha {lora.lora_alpha}: give --lora-rank {lora.r} "

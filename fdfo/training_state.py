@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fdfo.checkpoint import (
     BEST,
+    CARD,
     EPOCH_START,
     FIXED_ON_RESUME,
     STATE,
@@ -22,8 +23,10 @@ from fdfo.checkpoint import (
 )
 from fdfo.config import TrainConfig, UserError, config_to_dict
 from fdfo.hub import ADAPTER
+from fdfo.lora_file import scaled_lora, write_lora
 from fdfo.manifest import remove_folder, seal, text_sum, whole_folder
 from fdfo.model import FlowModel
+from fdfo.model_card import Origin, model_card
 from fdfo.update import LossScale, StepStats
 
 
@@ -76,10 +79,7 @@ def save_checkpoint(
     }
     try:
         with whole_folder(final) as folder:
-            lora = model.peft.peft_config["default"]
-            lora.base_model_name_or_path = model.name
-            lora.save_pretrained(str(folder))
-            save_file(model.adapter_state(), folder / ADAPTER, metadata={"format": "pt"})
+            write_adapter(folder, config, progress, model)
             save_file(optimizer_tensors(model, optimizer), folder / TENSORS)
             if progress.steps:
                 names = [name for name, _ in model.named_trainable()]
@@ -90,6 +90,17 @@ def save_checkpoint(
             f"The checkpoint {final} cannot be written ({error}), and those before it are as they were: make room, then resume."
         ) from error
     return final
+
+
+def write_adapter(folder: Path, config: TrainConfig, progress: Progress, model: FlowModel) -> None:
+    """The adapter in PEFT's format and in diffusers', and its model card."""
+    lora, tensors = model.peft.peft_config["default"], model.adapter_state()
+    lora.base_model_name_or_path = model.name
+    lora.save_pretrained(str(folder))
+    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+    write_lora(folder, scaled_lora(lora, tensors, folder))
+    origin = Origin(model.name, config, True, config.sample.guidance_scale, progress.epochs, len(progress.steps))
+    (folder / CARD).write_text(model_card(origin, merged=False), encoding="utf-8")
 
 
 def prune_checkpoints(run: Path, keep_last: int | None, keep_every: int | None) -> None:

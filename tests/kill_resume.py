@@ -104,7 +104,10 @@ class TinyRun:
 
 def final_files(run: Path) -> list[bytes]:
     folder = run / "checkpoints" / f"epoch-{EPOCHS:07d}"
-    files = [folder / name for name in ("adapter_model.safetensors", "training_state.safetensors")]
+    files = [
+        folder / name
+        for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "README.md", "training_state.safetensors")
+    ]
     files += [run / "samples" / f"epoch-{epoch:07d}.jpg" for epoch in (0, 2, 4, 6)]
     return [(run / "checkpoints" / "best").readlink().name.encode(), *(file.read_bytes() for file in files)]
 

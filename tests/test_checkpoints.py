@@ -22,7 +22,10 @@ from fdfo.manifest import text_sum
 from fdfo.trainer import train
 
 JOB = Job(0, 1, torch.device("cpu"))
-FILES = ("adapter_config.json", "adapter_model.safetensors", "training_state.json", "training_state.safetensors")
+FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "README.md",
+    "training_state.json", "training_state.safetensors",
+)  # fmt: skip
 INSIDE_EPOCH = (*FILES, "epoch_start.safetensors")
 
 

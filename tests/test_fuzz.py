@@ -14,6 +14,7 @@ from fdfo.command_line import parse_train_config
 from fdfo.config import PRESETS, GenerateConfig, TrainConfig, UserError, config_to_dict
 from fdfo.hub import ADAPTER, check_adapter_files, download_folder
 from fdfo.model import read_adapter_config
+from fdfo.model_card import Origin, model_card
 from fdfo.plan import plan_batches, plan_pictures
 from fdfo.prompts import LONGEST_PROMPT, load_prompts
 
@@ -110,6 +111,7 @@ def test_config_json(folder: Path, values: object):
         assert isinstance(config, TrainConfig)
         plan_pictures(GenerateConfig(out=Path("x.png")), config)
         plan_batches(parse_train_config([], config), 1)
+        model_card(Origin(config.pretrained_model, config, True, None, 1), merged=False)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{" * 9, "\ufeff{}", '{"a": ' * 50_000, "1" * 10_000, " " * 2**24 + "{}"])

@@ -60,7 +60,8 @@ def test_run_folder_holds_what_it_should(job: Job, tmp_path: Path):
     for epoch in (1, 2):
         folder = run.folder / "checkpoints" / f"epoch-000000{epoch}"
         assert {p.name for p in folder.iterdir()} == {
-            "adapter_config.json", "adapter_model.safetensors", "training_state.json", "training_state.safetensors",
+            "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "README.md",
+            "training_state.json", "training_state.safetensors",
         }  # fmt: skip
 
 
@@ -75,6 +76,9 @@ def test_resume_is_exact_to_the_bit(job: Job, tmp_path: Path):
     for name in ("adapter_model.safetensors", "training_state.safetensors"):
         one, two = (load_file(run / "checkpoints" / "epoch-0000004" / name) for run in (straight, first))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    for name in ("pytorch_lora_weights.safetensors", "README.md"):
+        one, two = ((run / "checkpoints" / "epoch-0000004" / name).read_bytes() for run in (straight, first))
+        assert one == two
     assert comparable(straight) == comparable(first)
 
 
