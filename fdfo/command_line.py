@@ -1,4 +1,4 @@
-"""Reads and checks the three command lines."""
+"""Reads and checks the command lines."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from fdfo.config import PRESETS, GenerateConfig, MetricsConfig, TrainConfig, UserError
+from fdfo.config import PRESETS, GenerateConfig, MetricsConfig, ReportConfig, TrainConfig, UserError
 from fdfo.plan import plan_churn
 
 
@@ -132,3 +132,12 @@ def check_no_drawing(config: MetricsConfig) -> None:
     for name in DRAWING_FIELDS:
         if getattr(config, name) != MetricsConfig.__dataclass_fields__[name].default:
             raise UserError(f"--{name.replace('_', '-')} has no effect with --images, which scores what is there: leave it out.")
+
+
+def parse_report_config(argv: Sequence[str]) -> ReportConfig:
+    config = tyro.cli(ReportConfig, args=list(argv), config=(tyro.conf.PositionalRequiredArgs,))
+    if not config.runs:
+        raise UserError("No run is named: give one or more run folders, such as runs/00000-scene-cfg_1p0.")
+    if config.out is not None and config.out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {config.out} is no HTML file: end it with .html.")
+    return config

@@ -1,4 +1,4 @@
-"""The three command lines as frozen dataclasses, their presets, and config.json."""
+"""The command lines as frozen dataclasses, their presets, and config.json."""
 
 import dataclasses
 import json
@@ -218,6 +218,16 @@ class MetricsConfig:
     """judge of the vlm metrics: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""
     vlm_use_fsdp: bool = True
     """shard the judge over the GPUs of the job where one has no room for it"""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write report.html: one run's curves, sheets of pictures and settings, or the curves of several runs."""
+
+    runs: tuple[Path, ...]
+    """run folders; one has its report.html written again, several are compared in one page"""
+    out: Path | None = None
+    """HTML file to write (RUN/report.html for one run, report.html for several)"""
 
 
 PRESETS = {
