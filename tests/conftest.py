@@ -1,5 +1,6 @@
 """Shared pieces of the tests: the real tiny model, and command lines run inside the process or under torchrun."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     """run_cli("train", "--preset", "tiny", ...) -> exit code, stdout, stderr; a traceback would fail the test."""
 
     def run(script: str, *arguments: object) -> tuple[int, str, str]:
-        module = __import__(script)
+        module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         code = 0
         try:

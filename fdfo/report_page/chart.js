@@ -12,7 +12,7 @@ function band(point) {
 }
 
 /**
- * spec: title, badge, note, best (an epoch), zero (the axis starts at 0), log (allowed where values span more than a factor 30),
+ * spec: title, badge, note, domain (first and last epoch of the axis), best (an epoch), zero (the axis starts at 0), log (allowed where values span more than a factor 30),
  * stacked, and series: [{name, color 1 to 8, dash 0 to 3, dots, points: [{x, y, error or low and high}] by rising x}].
  */
 class Chart {
@@ -40,19 +40,19 @@ class Chart {
     let values = points.flatMap((point) => [point.y, ...(band(point) ?? [])]);
     if (stacked) values = this.epochs.map((x) => this.at.reduce((sum, at) => sum + (at.get(x)?.y ?? 0), 0));
     const positive = points.map((point) => point.y).filter((y) => y > 0);
-    this.log = Boolean(log) && positive.length > 0 && Math.max(...positive) > 30 * Math.min(...positive);
+    const [least, most] = extent(positive);
+    this.log = Boolean(log) && most > 30 * least;
+    let [low, high] = extent(values);
     if (this.log) {
-      values = values.filter((value) => value > 0);
-      this.range = [Math.min(...values) / 1.2, Math.max(...values) * 1.2];
+      [low, high] = extent(values.filter((value) => value > 0));
+      this.range = [low / 1.2, high * 1.2];
     } else {
-      let [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
       if (zero) low = Math.min(0, low);
       const margin = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
       this.range = [zero && low === 0 ? 0 : low - margin, high + margin];
     }
     this.span = this.range[1] - this.range[0];
-    this.domain = stacked ? [this.epochs[0] - 0.5, this.epochs.at(-1) + 0.5] : [Math.min(this.epochs[0], 1), Math.max(this.epochs.at(-1), 1)];
-    if (this.domain[0] === this.domain[1]) this.domain = [this.domain[0] - 1, this.domain[1] + 1];
+    this.domain = stacked ? [this.epochs[0] - 0.5, this.epochs.at(-1) + 0.5] : this.spec.domain;
   }
 
   head() {

@@ -4,7 +4,7 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 const runs = page.runs.map(readRun);
 const single = runs.length === 1 ? runs[0] : null;
-const PLUS_MINUS = " \u00b1 ";
+const DOMAIN = domain(runs.flatMap((run) => [...run.epochs, ...run.evals].map((line) => line.epoch)));
 
 /**
  * A run's lines by kind and by rising epoch, and its evaluated names: the reward first, then what was trained on, then the rest.
@@ -22,6 +22,12 @@ function readRun({ name, lines, settings, notes }) {
   run.best = run.evals.map((line) => finite(line.best)).findLast((best) => best !== null) ?? null;
   run.pairs = Number(setting(run, "total_pairs_per_epoch"));
   return run;
+}
+
+/** The epochs of every curve's axis, so that curves below each other can be compared. */
+function domain(epochs) {
+  const [low, high] = extent([1, ...epochs]);
+  return low < high ? [low, high] : [low - 1, high + 1];
 }
 
 function setting(run, name) {
@@ -47,8 +53,8 @@ function rewardPoints(run) {
 function stepPoints(run, name) {
   return run.epochs.map((line) => {
     const values = (run.steps.get(line.epoch) ?? []).map((step) => finite(step[name])).filter((value) => value !== null);
-    const range = values.length ? { low: Math.min(...values), high: Math.max(...values) } : {};
-    return { x: line.epoch, y: finite(line[name]), ...range };
+    const [low, high] = values.length ? extent(values) : [null, null];
+    return { x: line.epoch, y: finite(line[name]), low, high };
   });
 }
 
@@ -64,7 +70,7 @@ function total(seconds) {
 function chart(spec, points, color = 1) {
   const series = runs.map((run, i) => ({ name: single ? spec.title : run.name, color: single ? color : (i % 8) + 1, dash: single ? 0 : (i + Math.floor(i / 8)) % 4, dots: spec.dots, points: points(run) }));
   const drawn = series.filter((one) => one.points.some((point) => point.y !== null));
-  return drawn.length ? new Chart({ ...spec, series: drawn }).node : null;
+  return drawn.length ? new Chart({ ...spec, domain: DOMAIN, series: drawn }).node : null;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

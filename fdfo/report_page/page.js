@@ -29,7 +29,7 @@ const short = (value) => (value === null ? "\u2013" : minus(Math.abs(value) >= 1
 
 function withError(value, error) {
   if (finite(value) === null) return "\u2013";
-  return finite(error) === null ? short(value) : `${format(value, 10 * error)}${PLUS_MINUS}${format(error, 10 * error)}`;
+  return finite(error) === null ? short(value) : `${format(value, 10 * error)} \u00b1 ${format(error, 10 * error)}`;
 }
 
 function duration(seconds) {

@@ -19,6 +19,11 @@ function filled(node, attributes, children) {
 const finite = (value) => (typeof value === "number" && Number.isFinite(value) ? value : null);
 const minus = (text) => text.replace("-", "\u2212");
 
+/** Least and greatest of some numbers, of which there may be more than a function takes as arguments. */
+function extent(values) {
+  return [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), -Infinity)];
+}
+
 /** A number with decimals that tell values apart on a scale of this span. */
 function format(value, span) {
   if (value === null) return "\u2013";
