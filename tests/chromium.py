@@ -93,7 +93,11 @@ class Browser:
         end = time.monotonic() + 60
         while not self.loaded and time.monotonic() < end:
             self.receive()
-        self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
+        self.settle()
+
+    def settle(self) -> None:
+        """Returns once the page has dealt with what happened before, and is drawn."""
+        self.run("new Promise((done) => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(() => done(0))), 50))")
 
     def run(self, script: str) -> object:
         """The value of an expression in the page."""

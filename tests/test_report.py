@@ -56,7 +56,7 @@ def log_lines(epochs: int, every: int, seed: int) -> list[dict]:
 def make_run(folder: Path, epochs: int = 12, every: int = 4, seed: int = 0) -> Path:
     """A run folder as train.py leaves it, with made-up numbers."""
     (folder / "samples").mkdir(parents=True)
-    config = dataclasses.replace(PRESETS["tiny"], seed=seed, total_pairs_per_epoch=48)
+    config = dataclasses.replace(PRESETS["tiny"], seed=seed, num_epochs=max(1, epochs), total_pairs_per_epoch=48)
     (folder / "config.json").write_text(config_to_json(config))
     (folder / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log_lines(epochs, every, seed)))
     for epoch in range(0, epochs + 1, every):
@@ -120,7 +120,7 @@ def test_text_of_the_run_is_no_markup(run: Path, tmp_path: Path):
     (odd / "config.json").write_text(json.dumps(config))
     page = write_report(odd)
     text = page.read_text()
-    assert text.count("</script>") == text.count("<script") == 5 and "<img" not in text and "<b>" not in text
+    assert text.count("</script>") == text.count("<script") == 6 and "<img" not in text and "<b>" not in text
     assert data_in(page)["runs"][0]["name"] == "<b>bold<"
     assert {"name": "prompt_set", "value": HOSTILE, "preset": "tiny"} in data_in(page)["runs"][0]["settings"]
 
@@ -251,11 +251,24 @@ def test_it_opens_without_error_request_or_sideways_scroll(tab: Browser, run: Pa
         tab.requests = []
         tab.open(page, width, dark=dark)
         tab.run("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+        tab.settle()
         assert tab.requests == [page.as_uri()] and tab.console == []
         assert tab.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         assert tab.run("document.querySelectorAll('figure').length === document.querySelectorAll('.plot > svg').length")
         background = tab.run("getComputedStyle(document.body).backgroundColor")
         assert (int(re.search(r"\d+", background)[0]) < 100) == dark
+
+
+def test_what_a_reader_sees(tab: Browser, run: Path, tmp_path: Path):
+    tab.open(write_report(run))
+    text = tab.run("document.body.innerText")
+    for part in ("1 warning", f"epoch 8\thpsv2 fell {HOSTILE}", "hpsv2 (not trained on)", "change since epoch 0", "best, epoch 8",
+                 "train.py --run-name 'a b'", "2.9.1", "total_pairs_per_epoch\t48\t128", "Log scale."):  # fmt: skip
+        assert " ".join(part.split()) in " ".join(text.split()), part
+    assert tab.run("document.querySelectorAll('.best').length") == 3  # reward, pickscore, hpsv2
+    tab.open(write_comparison((run, make_run(tmp_path / "another", 9)), tmp_path / "both.html"))
+    names = "[...document.querySelector('figure').querySelectorAll('.name')].map((one) => one.textContent)"
+    assert tab.run(names) == [run.name, "another"] and tab.run("document.querySelector('.at').textContent") == "newest"
 
 
 def test_odd_logs_open_without_error(tab: Browser, run: Path):
@@ -279,6 +292,7 @@ def test_charts_by_keyboard(tab: Browser, run: Path):
     tab.press("Home", "ArrowLeft")
     assert tab.run(shown).startswith("epoch 0: ")
     tab.press("End", "Tab", "Enter")
+    tab.settle()
     assert tab.run("document.activeElement.parentElement.querySelectorAll('tbody tr').length") == 4
 
 

@@ -22,8 +22,13 @@ class Chart {
     this.at = spec.series.map((series) => new Map(series.points.map((point) => [point.x, point])));
     this.setScales();
     this.plot = element("div", {
-      class: "plot", tabindex: 0, role: "slider", "aria-label": `${spec.title} by epoch`, "aria-orientation": "horizontal",
-      "aria-valuemin": this.epochs[0], "aria-valuemax": this.epochs.at(-1),
+      class: "plot",
+      tabindex: 0,
+      role: "slider",
+      "aria-label": `${spec.title} by epoch`,
+      "aria-orientation": "horizontal",
+      "aria-valuemin": this.epochs[0],
+      "aria-valuemax": this.epochs.at(-1),
     });
     this.label = element("span", { class: "at" });
     this.values = spec.series.map(() => element("span", { class: "value" }));
@@ -63,8 +68,15 @@ class Chart {
 
   legend() {
     const { series } = this.spec;
-    const items = series.map((one, i) => element("li", {}, ...(series.length > 1 ? [swatch(one), element("span", { class: "name", title: one.name }, one.name)] : []), this.values[i]));
-    return element("ul", { class: series.length > 1 ? "values" : "values one" }, ...items);
+    const items = series.map((one, i) =>
+      element(
+        "li",
+        {},
+        ...(series.length > 1 ? [swatch(one), element("span", { class: "name", title: one.name }, one.name)] : []),
+        this.values[i],
+      ),
+    );
+    return element("ul", { class: series.length > 1 ? `values ${this.spec.stacked ? "" : "long"}` : "values one" }, ...items);
   }
 
   caption() {
@@ -79,16 +91,26 @@ class Chart {
       if (details.childElementCount > 1) return;
       const names = this.spec.series.map((one) => element("th", { scope: "col" }, one.name));
       const head = element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "epoch"), ...names));
-      const rows = this.epochs.map((x) => element("tr", {}, element("th", { scope: "row" }, String(x)), ...this.at.map((at) => element("td", {}, this.text(at.get(x))))));
+      const rows = this.epochs.map((x) =>
+        element(
+          "tr",
+          {},
+          element("th", { scope: "row" }, String(x)),
+          ...this.at.map((at) => element("td", {}, this.text(at.get(x)))),
+        ),
+      );
       const table = element("table", {}, head, element("tbody", {}, ...rows));
-      details.append(element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Values of ${this.spec.title}` }, table));
+      details.append(
+        element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Values of ${this.spec.title}` }, table),
+      );
     });
     return details;
   }
 
   text(point) {
     if (!point || point.y === null) return "\u2013";
-    const number = (value) => (this.log || this.spec.stacked ? minus(String(Number(value.toPrecision(3)))) : format(value, this.span));
+    const number = (value) =>
+      this.log || this.spec.stacked ? minus(String(Number(value.toPrecision(3)))) : format(value, this.span);
     if (finite(point.error) !== null) return `${number(point.y)} \u00b1 ${number(point.error)}`;
     return band(point) ? `${number(point.y)} (${number(point.low)} to ${number(point.high)})` : number(point.y);
   }
@@ -126,7 +148,9 @@ class Chart {
   }
 
   y(value) {
-    const place = this.log ? Math.log(Math.max(value, this.range[0]) / this.range[0]) / Math.log(this.range[1] / this.range[0]) : (value - this.range[0]) / this.span;
+    const place = this.log
+      ? Math.log(Math.max(value, this.range[0]) / this.range[0]) / Math.log(this.range[1] / this.range[0])
+      : (value - this.range[0]) / this.span;
     return this.height - 24 - place * (this.height - 40);
   }
 
@@ -135,26 +159,40 @@ class Chart {
     this.svg.append(shape("line", { class: "axis", x1: this.left, x2: this.width - 8, y1: bottom, y2: bottom }));
     const marks = ticks(Math.ceil(this.domain[0]), Math.floor(this.domain[1]), Math.max(2, Math.floor(this.width / 75)), false);
     this.svg.append(shape("text", { x: this.width - 8, y: this.height - 7, "text-anchor": "end" }, "epoch"));
-    for (const tick of marks.filter((tick) => Number.isInteger(tick) && this.x(tick) < this.width - 55)) this.svg.append(shape("text", { x: this.x(tick), y: this.height - 7, "text-anchor": "middle" }, String(tick)));
+    for (const tick of marks.filter((tick) => Number.isInteger(tick) && this.x(tick) < this.width - 55))
+      this.svg.append(shape("text", { x: this.x(tick), y: this.height - 7, "text-anchor": "middle" }, String(tick)));
     const best = this.spec.best ?? null;
     if (best === null || !this.epochs.includes(best)) return;
     const x = this.x(best);
     this.svg.append(shape("line", { class: "best", x1: x, x2: x, y1: 12, y2: bottom }));
     const end = x > this.width - 60;
-    this.svg.append(shape("text", { x: end ? x + 4 : Math.max(x - 12, this.left), y: 8, "text-anchor": end ? "end" : "start" }, "best"));
+    this.svg.append(
+      shape("text", { x: end ? x + 4 : Math.max(x - 12, this.left), y: 8, "text-anchor": end ? "end" : "start" }, "best"),
+    );
   }
 
   drawSeries({ points, color, dash, dots }) {
-    const group = shape("g", { class: `c${color}` });
+    const group = shape("g", { class: `c${color} ${points.length > 150 ? "thin" : ""}` });
     for (const part of unbroken(points, (point) => band(point) !== null)) {
       const [upper, lower] = [1, 0].map((end) => part.map((point) => `${this.x(point.x)},${this.y(band(point)[end])}`));
       group.append(shape("polygon", { class: "band", points: [...upper, ...lower.reverse()].join(" ") }));
-      if (part.length === 1) group.append(shape("line", { class: "line band", x1: this.x(part[0].x), x2: this.x(part[0].x), y1: this.y(band(part[0])[0]), y2: this.y(band(part[0])[1]) }));
+      if (part.length === 1)
+        group.append(
+          shape("line", {
+            class: "line bar",
+            x1: this.x(part[0].x),
+            x2: this.x(part[0].x),
+            y1: this.y(band(part[0])[0]),
+            y2: this.y(band(part[0])[1]),
+          }),
+        );
     }
     for (const part of unbroken(points, (point) => point.y !== null && (!this.log || point.y > 0))) {
       const line = part.map((point) => `${this.x(point.x)},${this.y(point.y)}`).join(" ");
       group.append(shape("polyline", { class: "line", points: line, "stroke-dasharray": DASHES[dash ?? 0] }));
-      if (part.length === 1 || (dots && points.length <= 60)) for (const point of part) group.append(shape("circle", { class: "dot", cx: this.x(point.x), cy: this.y(point.y), r: 2.8 }));
+      if (part.length === 1 || (dots && points.length <= 60))
+        for (const point of part)
+          group.append(shape("circle", { class: "dot", cx: this.x(point.x), cy: this.y(point.y), r: 2.8 }));
     }
     this.svg.append(group);
   }
@@ -203,11 +241,16 @@ class Chart {
 
   show() {
     const epoch = this.shown();
-    this.label.textContent = `epoch ${epoch}`;
-    const texts = this.at.map((at) => this.text(at.get(epoch)));
+    const newest = this.spec.series.map((series) => series.points.at(-1).x);
+    const each = cursor.epoch === null && newest.some((x) => x !== epoch); // runs of different lengths: the newest of each
+    this.label.textContent = each ? "newest" : `epoch ${epoch}`;
+    const texts = this.at.map((at, i) => this.text(at.get(each ? newest[i] : epoch)));
     texts.forEach((text, i) => (this.values[i].textContent = text));
     this.plot.setAttribute("aria-valuenow", epoch);
-    this.plot.setAttribute("aria-valuetext", `epoch ${epoch}: ${texts.map((text, i) => `${this.spec.series[i].name} ${text}`).join(", ")}`);
+    this.plot.setAttribute(
+      "aria-valuetext",
+      `${this.label.textContent}: ${texts.map((text, i) => `${this.spec.series[i].name} ${text}`).join(", ")}`,
+    );
     this.overlay?.replaceChildren();
     if (!this.overlay || cursor.epoch === null) return;
     this.overlay.append(shape("line", { class: "guide", x1: this.x(epoch), x2: this.x(epoch), y1: 12, y2: this.height - 24 }));
@@ -220,7 +263,15 @@ class Chart {
 }
 
 function swatch({ color, dash }) {
-  const line = shape("line", { class: "line", x1: 1, x2: 19, y1: 4, y2: 4, "stroke-width": 3, "stroke-dasharray": DASHES[dash ?? 0] });
+  const line = shape("line", {
+    class: "line",
+    x1: 1,
+    x2: 19,
+    y1: 4,
+    y2: 4,
+    "stroke-width": 3,
+    "stroke-dasharray": DASHES[dash ?? 0],
+  });
   return shape("svg", { class: `swatch c${color}`, width: 20, height: 8, "aria-hidden": "true" }, line);
 }
 
