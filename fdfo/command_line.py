@@ -1,4 +1,4 @@
-"""Reads and checks the four command lines."""
+"""Reads and checks the command lines."""
 
 import math
 import os
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from fdfo.config import PRESETS, ExportConfig, GenerateConfig, MetricsConfig, TrainConfig, UserError
+from fdfo.config import PRESETS, ExportConfig, GenerateConfig, MetricsConfig, ReportConfig, TrainConfig, UserError
 from fdfo.plan import plan_churn
 
 
@@ -156,4 +156,13 @@ def parse_export_config(argv: Sequence[str]) -> ExportConfig:
         raise UserError("--public has no effect without --push-to-hub: leave it out.")
     if config.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.push_to_hub, re.ASCII):
         raise UserError(f"--push-to-hub {config.push_to_hub!r} is no name on the hub: write OWNER/NAME.")
+    return config
+
+
+def parse_report_config(argv: Sequence[str]) -> ReportConfig:
+    config = tyro.cli(ReportConfig, args=list(argv), config=(tyro.conf.PositionalRequiredArgs,))
+    if not config.runs:
+        raise UserError("No run is named: give one or more run folders, such as runs/00000-scene-cfg_1p0.")
+    if config.out is not None and config.out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {config.out} is no HTML file: end it with .html.")
     return config

@@ -1,4 +1,4 @@
-"""The four command lines as frozen dataclasses, their presets, and config.json."""
+"""The command lines as frozen dataclasses, their presets, and config.json."""
 
 import dataclasses
 import json
@@ -244,6 +244,16 @@ class ExportConfig:
     """base model where neither the checkpoint's run nor a flag gives it"""
     pretrained_model: str | None = None
     """hub id or folder of the base model, or tiny"""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write report.html: one run's curves, sheets of pictures and settings, or the curves of several runs."""
+
+    runs: tuple[Path, ...]
+    """run folders; one has its report.html written again, several are compared in one page"""
+    out: Path | None = None
+    """HTML file to write (RUN/report.html for one run, report.html for several)"""
 
 
 PRESETS = {

@@ -149,7 +149,7 @@ def test_a_merged_pipeline_is_a_pipeline_like_any_other(run_cli, run: Path, tmp_
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert same(drawn_by_diffusers(stock(half)), expected)
     assert run_cli("train", "--preset", "tiny", "--pretrained-model", merged, "--total-pairs-per-epoch", 2, "--num-epochs", 1,
-                   "--heldout-prompt-set", "None", "--runs-dir", tmp_path / "runs")[0] == 0  # fmt: skip
+                   "--eval-prompts", 0, "--runs-dir", tmp_path / "runs")[0] == 0  # fmt: skip
     card = next(tmp_path.glob("runs/*/checkpoints/*/README.md")).read_text()
     assert "LoRA for merged" in card and "base_model" not in card and str(tmp_path) not in card
 
