@@ -21,6 +21,7 @@ FIXED_ON_RESUME = (
 FREE_FOR_AUTO = (
     "runs_dir", "num_epochs", "save_freq", "keep_last", "keep_every", "resume_from", "vlm_use_fsdp", "memory_efficient", "max_batch_size",
     "log_wandb", "strict", "timeout_minutes", "heldout_prompt_set", "heldout_prompts", "heldout_metrics", "compile",
+    "gradient_checkpointing", "offload_scorers", "offload_trajectories",
 )  # fmt: skip
 
 

@@ -61,7 +61,8 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
         progress, scale = load_training_state(checkpoint, config, model, optimizer)
         if progress.epochs > config.num_epochs or (progress.epochs == config.num_epochs and config.resume_from != AUTO):
             raise UserError(f"{checkpoint.run} has {progress.epochs} epochs already: give a larger --num-epochs to go on.")
-    scorers = build_scorers({*weights, *heldout_metrics(config)}, job, config.vlm_model_name, config.vlm_use_fsdp)
+    names = {*weights, *heldout_metrics(config)}
+    scorers = build_scorers(names, job, config.vlm_model_name, config.vlm_use_fsdp, config.offload_scorers)
     reward = WeightedReward(weights, {name: scorers[name] for name in weights})
     check_prompts(reward.scorers, prompts)
     heldout = {name: scorers[name] for name in heldout_metrics(config)}
@@ -122,6 +123,8 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
         model.load_adapter(checkpoint.folder)
         check_lora_numbers(model, config, checkpoint)
     model.to_device(text_encoders=not config.memory_efficient)
+    if config.gradient_checkpointing:
+        model.checkpoint_gradients()
     return model
 
 
