@@ -8,13 +8,27 @@ python benchmarks/full_size.py --eager --out eager.json
 The whole epoch (432 pairs) is 8 times the default 54 pairs. --eager runs the same stages without compiling, with frozen
 weights in bfloat16 under autocast, diffusers' attention with PEFT's layers, the library's vision attention, and that loop's
 batch sizes. Both include what is done once an epoch: encoding the prompts, with the text encoders brought from the host.
+
+The preset for one GPU of 24 GB, all 432 pairs, on a GPU that lets this process have no more than 23 GB:
+
+python benchmarks/random_hub.py --parts sd35 clip vlm --vlm qwenvl-3b --out /dev/shm/random_hub
+python benchmarks/full_size.py --preset sd35-medium-24gb --pairs 432 --solver-steps 4 --gpu-gb 23 --out small.json
+
+With few solver steps an epoch takes minutes. Of a whole epoch only trajectories are then missing, and ballast of their size
+takes their place where they would lie: the epoch's, and on the GPU those of one micro-batch of sampling. Seconds of sampling and
+update are also given as 40 steps would take. Peaks are by stage; "start" is loading, compiling and the trial before the first epoch.
 """
 
+import contextlib
+import dataclasses
 import json
+import resource
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -25,26 +39,38 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rewards.vlm  # noqa: E402
-from fdfo.config import SD35_MEDIUM, TrainConfig  # noqa: E402
-from fdfo.distributed import start_job  # noqa: E402
-from fdfo.logger import versions  # noqa: E402
+from fdfo.config import PRESETS, SD35_MEDIUM, TrainConfig  # noqa: E402
+from fdfo.distributed import exit_on_user_error, start_job  # noqa: E402
+from fdfo.logger import StageClock, versions  # noqa: E402
 from fdfo.model import LORA_TARGETS, FlowModel  # noqa: E402
 from fdfo.plan import plan_batches  # noqa: E402
+from fdfo.rollout import trajectory_storage  # noqa: E402
 from fdfo.trainer import train  # noqa: E402
+
+STEPS = 40  # solver steps of a true epoch
+LATENT = 16 * 64 * 64  # numbers in a latent
 
 
 @dataclass(frozen=True)
 class FullSizeConfig:
     """Time one rank's share of an epoch."""
 
+    preset: Literal["sd35-medium", "sd35-medium-24gb"] = "sd35-medium"
+    """train.py's preset"""
     pairs: int = 54
     """pairs of the share"""
+    solver_steps: int = STEPS
+    """solver steps of a trajectory; ballast stands for those that are missing"""
+    gpu_gb: float | None = None
+    """10^9 bytes that PyTorch may take on the GPU, as if it had no more; all it has if left out"""
     eager: bool = False
     """the published way instead of the fast one"""
     max_batch_size: int | None = None
-    """largest micro-batch (13; 9 for --eager, as that loop has it on 8 GPUs)"""
+    """largest micro-batch (13; 9 for --eager, as that loop has it on 8 GPUs; what the preset says where it says it)"""
     reward_preset: str = "combined"
     """scorers of the share"""
+    eval_prompts: int = 0
+    """held-out prompts of an evaluation before the epoch and one after it; a rank of 8 has 16"""
     out: Path | None = None
     """JSON file for the figures"""
 
@@ -78,36 +104,95 @@ def ceiling() -> float:
     return 2 * 8192**3 / sorted(times[5:])[10] / 1e9
 
 
+def run_config(config: FullSizeConfig, folder: Path) -> TrainConfig:
+    """What train.py is given."""
+    preset = PRESETS[config.preset]
+    return dataclasses.replace(
+        preset, prompt_set="showcase", total_pairs_per_epoch=config.pairs, num_epochs=1, runs_dir=folder, compile=not config.eager,
+        max_batch_size=config.max_batch_size or preset.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
+        sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps), eval_prompts=config.eval_prompts,
+    )  # fmt: skip
+
+
+def ballast(run: TrainConfig, device: torch.device) -> list[torch.Tensor]:
+    """Memory for what fewer solver steps leave out: the epoch's trajectories in float16, and those of one batch in float32."""
+    missing, batch = STEPS - run.sample.num_solver_steps, plan_batches(run, 1).sample_batch
+    epoch = torch.ones(
+        2 * 2 * run.total_pairs_per_epoch * missing * LATENT, dtype=torch.float16, device=trajectory_storage(run, device)
+    )
+    return [epoch, torch.ones(2 * 2 * batch * missing * LATENT, device=device)]
+
+
+@contextlib.contextmanager
+def peaks_by_stage() -> Iterator[dict[str, dict[str, float]]]:
+    """Largest memory on the GPU in every stage, 10^9 bytes; `start` is what comes before the first one."""
+    peaks, stage = {}, StageClock.stage
+
+    def note(name: str) -> None:
+        found = {"allocated": torch.cuda.max_memory_allocated() / 1e9, "reserved": torch.cuda.max_memory_reserved() / 1e9}
+        peaks[name] = {kind: max(value, peaks.get(name, found)[kind]) for kind, value in found.items()}
+        torch.cuda.reset_peak_memory_stats()
+
+    @contextlib.contextmanager
+    def watched(clock: StageClock, name: str) -> Iterator[None]:
+        note("between stages" if peaks else "start")
+        with stage(clock, name):
+            yield
+        note(name)
+
+    StageClock.stage = watched
+    try:
+        yield peaks
+    finally:
+        StageClock.stage = stage
+
+
 def main(config: FullSizeConfig) -> None:
     if config.eager:
         FlowModel.accelerate = lambda self, compiled_rows, resolution: None
         rewards.vlm.use_varlen_attention = lambda visual, device: None
     with start_job() as job, tempfile.TemporaryDirectory() as folder:
         top = ceiling()
-        run_config = TrainConfig(
-            prompt_set="showcase", total_pairs_per_epoch=config.pairs, num_epochs=1, runs_dir=Path(folder), compile=not config.eager,
-            max_batch_size=config.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset, eval_prompts=0,
-        )  # fmt: skip
-        run = train(job, run_config, None)
-        start, *steps, epoch = [json.loads(line) for line in run.log.path.read_text().splitlines()]
+        if config.gpu_gb is not None:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(config.gpu_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+        settings = run_config(config, Path(folder))
+        held = ballast(settings, job.device)
+        with peaks_by_stage() as peaks:
+            run = train(job, settings, None)
+        del held
+        lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
+    report(config, settings, top, peaks, lines)
+
+
+def report(config: FullSizeConfig, settings: TrainConfig, top: float, peaks: dict, lines: list[dict]) -> None:
+    """The figures as JSON, on the console and into --out. top: ceiling(); lines: the run's log."""
+    start, epoch = (next(line for line in lines if line["kind"] == kind) for kind in ("start", "epoch"))
+    steps = [line for line in lines if line["kind"] == "step"]
     seconds = {name: value for name, value in epoch["seconds"].items() if name != "checkpoint"}
+    whole = {
+        name: value * (STEPS / config.solver_steps if name in ("sample", "update") else 1) for name, value in seconds.items()
+    }
     forward, both = count_tflop()
-    samples = 2 * config.pairs * run_config.sample.num_solver_steps
+    samples = 2 * config.pairs * config.solver_steps
     rates = {
         name: {"samples_per_second": samples / seconds[name], "tflop_per_second": samples * work / seconds[name]}
         for name, work in (("sample", forward), ("update", both))
     }
-    plan = plan_batches(run_config, 1)
+    plan = plan_batches(settings, 1)
     result = {
         "device": torch.cuda.get_device_name(), "config": asdict(config) | {"out": str(config.out)}, "versions": versions(),
         "batch_sizes": {"pairs in sampling": plan.sample_batch, "samples in training": plan.train_batch},
-        "seconds": seconds, "share_seconds": sum(seconds.values()),
-        "epoch_gpu_seconds": 432 / config.pairs * sum(seconds.values()),
+        "seconds": seconds, "share_seconds": sum(whole.values()), "seconds_with_40_steps": whole,
+        "epoch_gpu_seconds": 432 / config.pairs * sum(whole.values()),
         "tflop_per_sample": {"forward": forward, "forward and backward": both}, "ceiling_tflop_per_second": top, "rates": rates,
         "share_of_ceiling": {name: rate["tflop_per_second"] / top for name, rate in rates.items()},
         "compile_seconds": start["compile_seconds"], "ratio_at_unchanged_weights": steps[0]["ratio_first"],
+        "evaluation_seconds": [line["seconds"] for line in lines if line["kind"] == "eval"],
         "loss_scale": [step["loss_scale"] for step in steps], "grad_norm": [step["grad_norm"] for step in steps],
-        "peak_gib": {"allocated": torch.cuda.max_memory_allocated() / 2**30, "reserved": torch.cuda.max_memory_reserved() / 2**30},
+        "peak_gb": {kind: max(peak[kind] for peak in peaks.values()) for kind in ("allocated", "reserved")},
+        "peak_gb_by_stage": peaks,
+        "peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }  # fmt: skip
     print(json.dumps(result, indent=2))
     if config.out is not None:
@@ -115,4 +200,4 @@ def main(config: FullSizeConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(FullSizeConfig))
+    exit_on_user_error(lambda: main(tyro.cli(FullSizeConfig)))

@@ -120,7 +120,7 @@ def save_vlm(folder: Path, size: str) -> None:
         depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=hidden, window_size=112,
         fullatt_block_indexes=[7, 15, 23, 31],
     )  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **token_ids())
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "qwenvl-3b", **token_ids())
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     save_processor(folder)
 

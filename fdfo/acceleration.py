@@ -1,4 +1,5 @@
-"""What makes full-size training fast and leaves its numbers alone: types, attention kernels, compiled blocks, pinned text encoders."""
+"""What makes full-size training fast or small and leaves its numbers alone: types, attention kernels, compiled and checkpointed
+blocks, weights that wait in host memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 ATTENTION_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -27,6 +29,22 @@ def fast_attention(device: torch.device) -> Iterator[None]:
     """cuDNN's attention first: the fastest of the fused kernels on Hopper GPUs."""
     with sdpa_kernel(ATTENTION_ORDER, set_priority=True) if device.type == "cuda" else contextlib.nullcontext():
         yield
+
+
+def checkpointing(device: torch.device) -> Callable[..., object]:
+    """What diffusers calls as function(block, *inputs) in place of block(*inputs), for gradient checkpointing.
+
+    The backward computes the block again, under the autocast and the attention kernels of its forward: PyTorch brings back the
+    first by itself, the second not. The network draws no random numbers, so no generator's state has to be kept.
+    """
+
+    def run(block: nn.Module, *inputs: object) -> object:
+        def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+            return contextlib.nullcontext(), fast_attention(device)  # of the forward, which stands in it already; of the second
+
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    return run
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
@@ -61,19 +79,24 @@ def pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 class PinnedWeights:
-    """Frozen modules that wait in pinned host memory: to the GPU at full bus speed, and off it by forgetting the copy."""
+    """Frozen modules that wait in host memory: to the device at full bus speed, and off it by forgetting the copy."""
 
     def __init__(self, modules: list[nn.Module], device: torch.device):
+        """Moves the modules' weights to the host, pinned where the device is a GPU."""
         self.device, self.home = device, []
         for module in modules:
             for tensor in [*module.parameters(), *module.buffers()]:
-                tensor.data = tensor.data.cpu().pin_memory()
+                host = tensor.data.cpu()
+                tensor.data = host.pin_memory() if device.type == "cuda" else host
                 self.home.append((tensor, tensor.data))
 
-    def load(self) -> None:
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[None]:
+        """The weights are on the device inside."""
         for tensor, host in self.home:
             tensor.data = host.to(self.device, non_blocking=True)
-
-    def unload(self) -> None:
-        for tensor, host in self.home:
-            tensor.data = host
+        try:
+            yield
+        finally:
+            for tensor, host in self.home:
+                tensor.data = host

@@ -23,6 +23,7 @@ FIXED_ON_RESUME = (
 FREE_FOR_AUTO = (
     "runs_dir", "num_epochs", "save_freq", "keep_last", "keep_every", "resume_from", "vlm_use_fsdp", "memory_efficient", "max_batch_size",
     "log_wandb", "strict", "timeout_minutes", "eval_every", "eval_least_diversity", "compile",
+    "gradient_checkpointing", "offload_scorers", "offload_trajectories",
 )  # fmt: skip
 
 

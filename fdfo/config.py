@@ -68,8 +68,9 @@ class ChurnConfig:
 class TrainConfig:
     """Train a LoRA of a text-to-image flow model with a reward, by Finite Difference Flow Optimization."""
 
-    preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
-    """set of defaults; tiny trains a small bundled model with no download and no GPU"""
+    preset: Literal["sd35-medium", "sd35-medium-24gb", "tiny"] = "sd35-medium"
+    """set of defaults; sd35-medium-24gb is meant for one GPU of 24 GB, with a smaller judge; tiny trains a small bundled model with
+    no download and no GPU"""
     sample: SampleConfig = SampleConfig()
     train: OptimConfig = OptimConfig()
     churn: ChurnConfig = ChurnConfig()
@@ -90,8 +91,8 @@ class TrainConfig:
     resume_from: str | None = None
     """checkpoint folder, run folder (its newest whole checkpoint) or hub URL to go on from; or auto: the run folder with the
     highest number in --runs-dir whose settings are those of this command line, whatever --num-epochs, --save-freq, --keep-...,
-    --max-batch-size, the two --...batch-size, --memory-efficient, --compile, --vlm-use-fsdp, --log-wandb, --strict, --timeout-minutes,
-    --eval-every and --eval-least-diversity say, from its newest whole checkpoint or, where it has none, from its beginning; a new run where there is no
+    --max-batch-size, the two --...batch-size, --memory-efficient, --gradient-checkpointing, --offload-..., --compile, --vlm-use-fsdp, --log-wandb,
+    --strict, --timeout-minutes and --eval-every and --eval-least-diversity say, from its newest whole checkpoint or, where it has none, from its beginning; a new run where there is no
     such folder"""
     strict: bool = False
     """stop with a checkpoint where an epoch's health check or an evaluation warns"""
@@ -107,6 +108,13 @@ class TrainConfig:
     """shard the judge over the GPUs of the job where one has no room for it"""
     memory_efficient: bool = True
     """text encoders leave the GPU while nothing is encoded"""
+    gradient_checkpointing: bool = False
+    """keep the inputs of the transformer's blocks alone, and compute every block again in the backward: less memory, more time"""
+    offload_scorers: bool = False
+    """the scorers' models wait in host memory and come to the GPU one after the other to score; a scorer of your own takes part
+    where its attribute `model` is a torch.nn.Module on the GPU; on a CPU nothing moves"""
+    offload_trajectories: bool = False
+    """keep the trajectories of an epoch in host memory; on a CPU they are there anyway"""
     pretrained_model: str = SD35_MEDIUM
     """hub id or folder of the StableDiffusion3Pipeline to train, or tiny for the bundled one"""
     prompt_set: str = "pickscore_train"
@@ -258,6 +266,15 @@ class ReportConfig:
 
 PRESETS = {
     "sd35-medium": TrainConfig(),
+    "sd35-medium-24gb": TrainConfig(
+        preset="sd35-medium-24gb",
+        vlm_model_name="qwenvl-3b",
+        vlm_use_fsdp=False,
+        gradient_checkpointing=True,
+        offload_scorers=True,
+        offload_trajectories=True,
+        max_batch_size=4,
+    ),
     "tiny": TrainConfig(
         preset="tiny",
         sample=SampleConfig(num_solver_steps=8, resolution=64),
@@ -271,6 +288,7 @@ PRESETS = {
         max_batch_size=256,
         reward_preset="scene",
         precision="fp32",
+        compile=False,
         eval_every=5,
         eval_prompt_set="tiny_heldout",
         eval_metrics=("scene_clip", "pixel_diversity"),

@@ -8,7 +8,7 @@ from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_batches
-from fdfo.rollout import encode_prompts
+from fdfo.rollout import encode_prompts, trajectory_storage
 
 
 def fitting_plan(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPlan) -> BatchPlan:
@@ -48,7 +48,8 @@ def fits(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPlan) -> bo
     """Whether this rank can sample, and go forward and backward, with a micro-batch beside its share of trajectories."""
     shape, rows = model.latent_shape(config.sample.resolution), 2 * plan.pairs[job.rank]
     try:
-        held = torch.empty(2, rows, config.sample.num_solver_steps, *shape, device=job.device, dtype=model.compute_type)
+        storage = trajectory_storage(config, job.device)
+        held = torch.empty(2, rows, config.sample.num_solver_steps, *shape, device=storage, dtype=model.compute_type)
         text, empty = encode_prompts(model, [""], config)
         for size, gradient in ((2 * plan.sample_batch, False), (plan.train_batch, True)):
             x, levels = torch.zeros(size, *shape, device=job.device), torch.full((size,), 0.5, device=job.device)

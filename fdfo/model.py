@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fdfo.acceleration import PinnedWeights, cast_frozen_weights, fast_attention, pad_rows, try_compiled
+from fdfo.acceleration import PinnedWeights, cast_frozen_weights, checkpointing, fast_attention, pad_rows, try_compiled
 from fdfo.config import UserError
 from fdfo.distributed import check_device
 from fdfo.hub import ADAPTER, check_adapter_files, load_pipeline
@@ -155,17 +155,18 @@ class FlowModel:
     @contextlib.contextmanager
     def text_encoders_loaded(self) -> Iterator[None]:
         """The text encoders are on the device inside."""
-        if self.waiting_text is not None:
-            self.waiting_text.load()
-        yield
-        if self.waiting_text is not None:
-            self.waiting_text.unload()
+        with contextlib.nullcontext() if self.waiting_text is None else self.waiting_text.loaded():
+            yield
 
     def drop_text_encoders(self) -> None:
         """Frees their memory once every prompt is encoded."""
         self.pipe.register_modules(text_encoder=None, text_encoder_2=None, text_encoder_3=None)
 
-    # -- speed
+    # -- memory and speed
+
+    def checkpoint_gradients(self) -> None:
+        """From now on a forward keeps the inputs of the transformer's blocks alone, and the backward computes each block again."""
+        self.pipe.transformer.enable_gradient_checkpointing(checkpointing(self.device))
 
     def accelerate(self, compiled_rows: int | None, resolution: int) -> str | None:
         """Makes velocity() and decode() fast for training; pictures drawn with this model are autocast from then on.

@@ -1,6 +1,7 @@
 """What a training run needs before its first epoch: everything checked and loaded, and only then a run folder."""
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,15 @@ from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_batches
 from fdfo.training_state import Progress, check_resume, load_training_state
 from fdfo.update import LossScale, make_optimizer
-from rewards import WeightedReward, build_scorers, check_prompts, check_scorer_name, reward_weights
+from rewards import (
+    VLM_SCORERS,
+    VLM_TRAINING_SCORERS,
+    WeightedReward,
+    build_scorers,
+    check_prompts,
+    check_scorer_name,
+    reward_weights,
+)
 
 
 @dataclass
@@ -65,7 +74,13 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
             config.resume_from != AUTO and complete(job, config, split, checkpoint, progress)
         ):
             raise UserError(f"{checkpoint.run} has {progress.epochs} epochs already: give a larger --num-epochs to go on.")
-    scorers = build_scorers(dict.fromkeys((*weights, *metrics)), job, config.vlm_model_name, config.vlm_use_fsdp)
+    scorers = build_scorers(
+        dict.fromkeys((*weights, *metrics)),
+        job,
+        config.vlm_model_name,
+        config.vlm_use_fsdp,
+        waiting_scorers(config, weights, metrics),
+    )
     reward = WeightedReward(weights, {name: scorers[name] for name in weights})
     check_prompts(reward.scorers, split.training)
     check_prompts(scorers, split.held_out)
@@ -88,6 +103,16 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
         held_out,
         compile_seconds,
     )
+
+
+def waiting_scorers(config: TrainConfig, weights: Collection[str], metrics: Collection[str]) -> set[str]:
+    """The scorers that leave the GPU between two calls: all with --offload-scorers, else those of evaluations alone.
+
+    A VLM stays, since one that is sharded cannot leave.
+    """
+    if config.offload_scorers:
+        return {*weights, *metrics}
+    return set(metrics) - set(weights) - {*VLM_SCORERS, *VLM_TRAINING_SCORERS}
 
 
 def complete(job: Job, config: TrainConfig, split: PromptSplit, checkpoint: Checkpoint, progress: Progress) -> bool:
@@ -127,6 +152,8 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
         model.load_adapter(checkpoint.folder)
         check_lora_numbers(model, config, checkpoint)
     model.to_device(text_encoders=not config.memory_efficient)
+    if config.gradient_checkpointing:
+        model.checkpoint_gradients()
     return model
 
 

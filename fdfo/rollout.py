@@ -20,13 +20,32 @@ START, SCHEDULE, FIRST_CHURN = 0, 1, 2  # streams of a pair's noise; solver step
 
 @dataclass
 class Rollout:
-    """The trajectories of this rank's pairs; rows 2k and 2k + 1 are the branches of its k-th pair."""
+    """The trajectories of this rank's pairs; rows 2k and 2k + 1 are the branches of its k-th pair.
+
+    xs and velocities lie on the GPU, or with --offload-trajectories in host memory.
+    """
 
     prompts: list[str]  # [P], one a pair
     text: TextEmbeddings  # P rows
     xs: torch.Tensor  # [2P, T, C, H, W]
     velocities: torch.Tensor  # [2P, T, C, H, W]
     final: torch.Tensor  # [2P, C, H, W]
+
+    def samples(self, row: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latent and velocity of some (trajectory, step): row, step [N] -> [N, C, H, W] each, on the device that trains."""
+        row, step = row.to(self.xs.device), step.to(self.xs.device)
+        return tuple(fetch(stored[row, step], self.final.device) for stored in (self.xs, self.velocities))
+
+
+def trajectory_storage(config: TrainConfig, device: torch.device) -> torch.device:
+    """Where trajectories are kept. In host memory they are not pinned: pinned blocks are rounded up to powers of two, and it is
+    the gathered micro-batch that is copied."""
+    return torch.device("cpu") if config.offload_trajectories else device
+
+
+def fetch(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor on the device; from host memory to a GPU without waiting for the copy."""
+    return part.pin_memory().to(device, non_blocking=True) if part.device.type != device.type else part
 
 
 @dataclass
@@ -82,7 +101,8 @@ def sample_share(
     shape = model.latent_shape(config.sample.resolution)
     n = 2 * len(pairs)
     # The network rounds its input to its compute type and answers in it, so these lose nothing in that type.
-    xs = torch.empty(n, len(sigmas) - 1, *shape, device=model.device, dtype=model.compute_type)
+    storage = trajectory_storage(config, model.device)
+    xs = torch.empty(n, len(sigmas) - 1, *shape, device=storage, dtype=model.compute_type)
     velocities, final = torch.empty_like(xs), torch.empty(n, *shape, device=model.device)
     for start in range(0, len(pairs), plan.sample_batch):
         before_batch(start)
@@ -116,7 +136,7 @@ def score_share(rollout: Rollout, images: torch.Tensor, reward: WeightedReward) 
     whole = both_branches(rollout.final.isfinite().flatten(1).all(1))
     finite = whole & both_branches(total.isfinite())
     for tensor in (rollout.xs, rollout.velocities, rollout.final):
-        tensor[~whole] = 0
+        tensor[~whole.to(tensor.device)] = 0
     dR = torch.where(finite, pair_deviation(total), torch.zeros_like(total))
     dx = torch.where(finite[:, None, None, None], pair_deviation(rollout.final), torch.zeros_like(rollout.final))
     return Differences(dx, dR, total, scores, ~finite)

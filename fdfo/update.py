@@ -115,12 +115,11 @@ def accumulate_gradient(
             sums[4] = 1
             break
         batch = samples[start : start + plan.train_batch]
+        x, v_ref = rollout.samples(batch // T, batch % T)
         row, step = (batch // T).to(model.device), (batch % T).to(model.device)
-        x, text = rollout.xs[row, step], rollout.text.rows(row // 2)
+        text = rollout.text.rows(row // 2)
         v = model.velocity(x, sigmas[step], text, empty, guidance)
-        loss, ratio = surrogate_loss(
-            v, rollout.velocities[row, step], differences.dx[row], differences.dR[row], config.train.clip_range
-        )
+        loss, ratio = surrogate_loss(v, v_ref, differences.dx[row], differences.dR[row], config.train.clip_range)
         kept = ~differences.dropped[row]
         if config.train.kl_weight > 0:
             with torch.no_grad(), model.base():

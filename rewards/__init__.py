@@ -1,8 +1,8 @@
 """Rewards: scorers, presets and the weighted sum (METHOD.md 3 and 5).
 
 A scorer is an object with `score(prompts: list[str], images: Tensor [N, 3, H, W] float in [0, 1] or uint8) -> Tensor [N]
-float32`. It may have `check_prompts(prompts: list[str])`, which raises UserError for prompts that it cannot judge, and
-`description`, a text for the log. Training and evaluation use the same classes; training hands over floats, evaluation uint8.
+float32`. It may have `check_prompts(prompts: list[str])`, which raises UserError for prompts that it cannot judge,
+`description`, a text for the log, and `model`, a torch.nn.Module that --offload-scorers may keep in host memory. Training and evaluation use the same classes; training hands over floats, evaluation uint8.
 
 A set scorer compares the pictures of one prompt with each other. It has `score_sets(images: Tensor [N, 3, H, W] uint8,
 counts: list[int]) -> Tensor [P] float32`, one number a prompt, and is a metric only.
@@ -11,13 +11,14 @@ counts: list[int]) -> Tensor [P] float32`, one number a prompt, and is a metric 
 import importlib
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 import torch
 
 from fdfo.config import UserError
 from fdfo.distributed import Job
+from rewards.offload import Offload
 
 CLIP_SCORERS = ("pickscore", "hpsv2", "clip_h14", "clip_l14", "scene_clip")
 VLM_SCORERS = ("vlm_alignment", "vlm_quality", "vlm_photo")
@@ -91,19 +92,24 @@ def _own_class(name: str) -> type:
 
 
 def build_scorers(
-    names: Iterable[str], job: Job, vlm_model: str = "qwenvl-7b", vlm_use_fsdp: bool = False
+    names: Iterable[str], job: Job, vlm_model: str = "qwenvl-7b", vlm_use_fsdp: bool = False, waiting: Collection[str] = ()
 ) -> dict[str, Scorer | SetScorer]:
-    """The scorers of these names on the job's device; the VLM is loaded once for all its questions. Raises UserError."""
-    scorers, vlm = {}, None
+    """The scorers of these names on the job's device; the VLM is loaded once for all its questions. Raises UserError.
+
+    waiting: those whose models wait in host memory between their calls, where there is a GPU, and need not fit there together.
+    """
+    scorers, vlm, offload = {}, None, Offload(job.device)
+    waiting = waiting if job.device.type == "cuda" else ()
     for name in names:
         if name in (*VLM_SCORERS, *VLM_TRAINING_SCORERS):
             from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 
-            vlm = vlm or Vlm(vlm_model, job, vlm_use_fsdp)
+            vlm = vlm or Vlm(vlm_model, job, vlm_use_fsdp, whole=bool({*VLM_SCORERS, *VLM_TRAINING_SCORERS} & set(waiting)))
             way = "training" if name in VLM_TRAINING_SCORERS else "metrics"
-            scorers[name] = VlmScorer(vlm, QUESTIONS[name], way)
+            scorer = VlmScorer(vlm, QUESTIONS[name], way)
         else:
-            scorers[name] = build_scorer(name, job)
+            scorer = build_scorer(name, job)
+        scorers[name] = offload(scorer) if name in waiting else scorer
     return scorers
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from fdfo.config import UserError
 from fdfo.distributed import Job
 from fdfo.hub import hub_errors
 from rewards.sharding import load_sharded, needs_sharding
@@ -31,14 +32,21 @@ MAX_BATCH = 16
 class Vlm:
     """The model and its processor on the job's device, bfloat16 on a GPU and float32 on a CPU. Loaded once for all questions."""
 
-    def __init__(self, model: str, job: Job, shard: bool = False):
+    def __init__(self, model: str, job: Job, shard: bool = False, whole: bool = False):
         """model: a key of VLM_MODELS, a hub id or a folder; shard: spread the weights over the job's processes where one GPU
-        has no room for them. Raises UserError when the model cannot be had."""
+        has no room for them; whole: they must not be spread, since they are to leave the GPU between two calls.
+        Raises UserError when the model cannot be had, or would have to be spread and must not."""
         self.name, self.job = VLM_MODELS.get(model, model), job
         dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
         with hub_errors(self.name):
             self.processor = AutoProcessor.from_pretrained(self.name)
             self.sharded = shard and needs_sharding(self.name, dtype, job)
+        if self.sharded and whole:
+            raise UserError(
+                "--offload-scorers cannot move a VLM that is sharded over GPUs: add --no-vlm-use-fsdp where one GPU holds it by "
+                "itself, or leave --offload-scorers out."
+            )
+        with hub_errors(self.name):
             if self.sharded:
                 self.model = load_sharded(self.name, dtype, job)
             else:
@@ -79,7 +87,7 @@ class VlmScorer:
     """
 
     def __init__(self, vlm: Vlm, question: str, preprocessing: Literal["training", "metrics"]):
-        self.vlm, self.question, self.preprocessing = vlm, question, preprocessing
+        self.vlm, self.model, self.question, self.preprocessing = vlm, vlm.model, question, preprocessing
         self.description = f"{vlm.name}, asked {question!r}, pictures prepared the {preprocessing} way"
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """What needs a GPU: half precisions, the loss scale, the same noise as on the CPU. Skipped where there is none."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -7,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from fdfo.acceleration import PinnedWeights
 from fdfo.config import PRESETS, SampleConfig, TrainConfig
 from fdfo.distributed import Job
-from fdfo.memory import fitting_plan
+from fdfo.logger import StageClock
+from fdfo.memory import fits, fitting_plan
 from fdfo.model import FlowModel
+from fdfo.plan import plan_batches
 from fdfo.preparation import Run, prepare
 from fdfo.rollout import Rollout, encode_prompts, sample_share, score_share
 from fdfo.trainer import train
 from fdfo.update import accumulate_gradient, step_samples
+from rewards.clip import ClipScorer
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -90,3 +95,104 @@ def test_micro_batches_that_do_not_fit_are_made_smaller_and_the_numbers_stay(tmp
     assert plan.train_batch < run.plan.train_batch and (plan.samples, plan.pairs) == (run.plan.samples, run.plan.pairs)
     assert "going on as with --max-batch-size" in capsys.readouterr().out
     assert all(parameter.grad is None for parameter in run.model.trainable())
+
+
+LITTLE = dict(gradient_checkpointing=True, offload_scorers=True, offload_trajectories=True, memory_efficient=True)
+
+
+def epochs_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes) -> tuple[torch.Tensor, float, set[str], set[str]]:
+    """Two epochs: the adapter, the ratio at unchanged weights, and where the scorer's weights were between stages and in calls."""
+    between, inside, models = set(), set(), []
+    stage, score, build = StageClock.stage, ClipScorer.score, ClipScorer.__init__
+
+    def places() -> set[str]:
+        return {p.device.type for model in models for p in model.parameters()}
+
+    @contextlib.contextmanager
+    def watched_stage(clock: StageClock, name: str):
+        between.update(places())
+        with stage(clock, name):
+            yield
+        between.update(places())
+
+    def watched_score(scorer: ClipScorer, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        inside.update(places())
+        return score(scorer, prompts, images)
+
+    def watched_build(scorer: ClipScorer, *arguments: object) -> None:
+        build(scorer, *arguments)
+        models.append(scorer.model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageClock, "stage", watched_stage)
+        patch.setattr(ClipScorer, "score", watched_score)
+        patch.setattr(ClipScorer, "__init__", watched_build)
+        run = train(Job(0, 1, GPU), small(folder, reward_specs=("scene=1.0", "scene_clip=0.5"), **changes), None)
+    steps = [json.loads(line) for line in run.log.path.read_text().splitlines() if '"step"' in line]
+    adapter = torch.cat([p.detach().flatten().cpu() for p in run.model.trainable()])
+    return adapter, steps[0]["ratio_first"], between, inside
+
+
+@pytest.mark.parametrize("precision,compile", [("fp16", True), ("fp16", False), ("fp32", False)])
+def test_epochs_in_little_memory_are_the_default_ones(tmp_path: Path, monkeypatch, precision: str, compile: bool):
+    kind = dict(precision=precision, compile=compile)
+    plain, _, between, _ = epochs_in(tmp_path / "plain", monkeypatch, **kind)
+    assert between == {"cuda"}
+    little, ratio, between, inside = epochs_in(tmp_path / "little", monkeypatch, **kind, **LITTLE)
+    assert between == {"cpu"} and inside == {"cuda"}
+    assert ratio == 1.0 or not compile
+    start = FlowModel("tiny", "fp32", torch.device("cpu"))
+    start.add_lora(32, 64, 6)
+    change = plain - torch.cat([p.detach().flatten() for p in start.trainable()])
+    error = ((little - plain).norm() / change.norm()).item()
+    print(f"adapter in little memory, {precision}, compiled {compile}: differs by {error:.2e} of its change")
+    assert error < 0.02
+
+
+def test_weights_wait_in_pinned_memory_and_come_for_a_call():
+    module = torch.nn.Linear(8, 8).to(GPU)
+    weight = module.weight.detach().cpu().clone()
+    home = PinnedWeights([module], GPU)
+    assert module.weight.is_pinned()
+    with pytest.raises(ConnectionError), home.loaded():
+        assert module.weight.device == GPU and torch.equal(module.weight.cpu(), weight)
+        raise ConnectionError("the judge hung up")
+    assert module.weight.is_pinned() and torch.equal(module.weight, weight)
+
+
+def test_a_checkpointed_graph_keeps_little_memory():
+    """Bytes that the graph of one forward holds on the GPU."""
+    held = []
+    for checkpointed in (False, True):
+        model = FlowModel("tiny", "fp16", GPU)
+        model.add_lora(32, 64, 0)
+        model.to_device()
+        if checkpointed:
+            model.checkpoint_gradients()
+        model.accelerate(None, 64)
+        x, text = torch.randn(64, *model.latent_shape(64), device=GPU), model.encode(["a red ring on a blue background"] * 64)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(GPU)
+        v = model.velocity(x, x.new_full((64,), 0.5), text, None, 1.0)
+        held.append(torch.cuda.memory_allocated(GPU) - before)
+        v.float().square().mean().backward()
+    print(f"bytes held by the graph of 64 rows: {held}")
+    assert held[1] < held[0] / 3
+
+
+def test_the_trial_leaves_trajectories_in_host_memory_out(tmp_path: Path):
+    """Trajectories of 4 GiB, and a limit of 2 GiB on this process."""
+    job, config = Job(0, 1, GPU), small(tmp_path, total_pairs_per_epoch=2048, max_batch_size=16, offload_trajectories=True)
+    run = prepare(job, config, None)
+    shape = run.model.latent_shape(64)
+    steps = 4 * 2**30 // (2 * 2 * 2048 * shape[0] * shape[1] * shape[2] * 4)
+    config = dataclasses.replace(config, sample=SampleConfig(num_solver_steps=steps, resolution=64))
+    plan = plan_batches(config, 1)
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved(GPU) + 2 * 2**30
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(GPU).total_memory)
+    try:
+        assert fits(job, config, run.model, plan)
+        assert not fits(job, dataclasses.replace(config, offload_trajectories=False), run.model, plan)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,117 @@
+"""docs/method.md names functions that exist and covers the method's sections; the code on docs/rewards.md runs."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, ROOT
+from test_training import log_of, small
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from fdfo.config import TrainConfig, UserError
+from fdfo.distributed import Job
+from fdfo.trainer import train
+from rewards import build_scorer, check_prompts
+
+METHOD, REWARDS = ((ROOT / "docs" / name).read_text() for name in ("method.md", "rewards.md"))
+NAMED = sorted(set(re.findall(r"`([\w/]+)\.py: ([\w.]+)`", METHOD)))
+MODULES = ("compressibility", "classifier", "colour")  # as the page names its three code blocks
+SPECS = {"compressibility": "Compressibility", "classifier": "Classifier", "colour": "NamedColour"}
+
+
+@pytest.mark.parametrize("module,name", NAMED, ids=[f"{module}: {name}" for module, name in NAMED])
+def test_the_method_page_names_what_exists(module: str, name: str):
+    found = importlib.import_module(module.replace("/", ".").removesuffix(".__init__"))
+    for part in name.split("."):
+        found = getattr(found, part)
+
+
+def test_the_method_page_names_functions_for_every_formula():
+    assert len(NAMED) > 50
+    for section in sections(METHOD).values():
+        assert re.search(r"`[\w/]+\.py: [\w.]+`", section)
+
+
+def test_the_method_page_covers_every_section_that_the_code_cites():
+    """The code cites the method as METHOD.md and section numbers, such as `METHOD.md 2 to 4`."""
+    cited = set()
+    for folder in ("fdfo", "rewards", "tests"):
+        for path in (ROOT / folder).glob("*.py"):
+            for first, word, last in re.findall(r"METHOD\.md (\d)(?: (and|to) (\d))?", path.read_text()):
+                cited |= {int(first)} | ({int(last)} if word else set())
+    assert cited == set(sections(METHOD)) == {1, 2, 3, 4, 5}
+
+
+def sections(text: str) -> dict[int, str]:
+    """The numbered sections of a page."""
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    return {int(part[0]): part for part in parts if part[0].isdigit()}
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the page's modules, importable; a small random classifier stands for the one on the hub."""
+    vit = tmp_path / "vit"
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(**shape, num_labels=300)).save_pretrained(vit)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(vit)
+    blocks = re.findall(r"^```python\n(.*?)^```", REWARDS, re.MULTILINE | re.DOTALL)
+    for name, block in zip(MODULES, blocks, strict=True):
+        assert f"`{name}.py`" in REWARDS
+        (tmp_path / f"{name}.py").write_text(block.replace("google/vit-base-patch16-224", str(vit)))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_the_rewards_of_the_page_score_pictures(page: Path, job: Job):
+    quantised = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    quantised[0] = 128
+    prompts = ["a red ring on a blue background"] * 5
+    for module, name in SPECS.items():
+        scorer = build_scorer(f"{module}:{name}", job)
+        scores = scorer.score(prompts, quantised)
+        assert scores.shape == (5,) and scores.isfinite().all() and scores.std() > 0
+        torch.testing.assert_close(scorer.score(prompts, quantised.float() / 255), scores, rtol=1e-4, atol=1e-4)
+        if module == "compressibility":
+            assert scores.argmax() == 0
+    with pytest.raises(UserError, match="names none of red, green, blue"):
+        check_prompts({"colour": scorer}, ["a mauve ring"])
+    assert scorer.score(["red", "blue"], torch.tensor([0.9, 0.1, 0.1]).expand(2, 8, 8, 3).permute(0, 3, 1, 2)).tolist()[0] == 100
+
+
+@pytest.mark.parametrize("module", ["compressibility", "classifier"])
+def test_the_rewards_of_the_page_train(page: Path, job: Job, tmp_path: Path, module: str):
+    run = train(job, small(tmp_path / "runs", reward_specs=(f"{module}:{SPECS[module]}=1.0",)), None)
+    (epoch,) = log_of(run.folder, "epoch")
+    assert epoch["differing_pairs"] > 0.5 and epoch["warnings"] == []
+
+
+def test_the_page_quotes_what_the_code_says():
+    """Its table of messages, with the numbers that stand in them left out."""
+    said = "".join((ROOT / file).read_text() for file in ("rewards/__init__.py", "fdfo/rollout.py"))
+    said = re.sub(r"\{.*?\}|[\"\n]|\s+f?\"", "~", said)
+    quoted = re.findall(r"^\| .*? \| `(.*)` \|$", REWARDS, re.MULTILINE)
+    assert len(quoted) == 5
+    for message in quoted:
+        for piece in re.split(r"\(.*?\)|\d[\d.]*", message):
+            assert piece.strip() in said, piece
+
+
+def test_the_pages_name_flags_that_exist():
+    flags = {flag for text in (METHOD, REWARDS) for flag in re.findall(r"--([a-z][\w.-]*[a-z])", text)}
+    known = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
+    metrics = {"prompt-set", "num-prompts", "num-repeats", "metrics", "checkpoint"}
+    assert {flag.partition(".")[0] for flag in flags} <= known | metrics
+
+
+def test_the_offloaded_classifier_scores_alike(page: Path, job: Job):
+    from rewards.offload import Offload
+
+    scorer, images = build_scorer("classifier:Classifier", job), torch.rand(3, 3, 64, 64)
+    offloaded = Offload(CPU)(scorer)
+    assert offloaded is not scorer and torch.equal(offloaded.score(["a"] * 3, images), scorer.score(["a"] * 3, images))
