@@ -70,7 +70,7 @@ class FullSizeConfig:
     reward_preset: str = "combined"
     """scorers of the share"""
     eval_prompts: int = 0
-    """held-out prompts of an evaluation before the epoch and one after it; a rank of 8 has 16"""
+    """held-out prompts of an evaluation before the epoch and one after it, 15 at most; a rank of 8 has 16"""
     out: Path | None = None
     """JSON file for the figures"""
 
@@ -111,6 +111,7 @@ def run_config(config: FullSizeConfig, folder: Path) -> TrainConfig:
         preset, prompt_set="showcase", total_pairs_per_epoch=config.pairs, num_epochs=1, runs_dir=folder, compile=not config.eager,
         max_batch_size=config.max_batch_size or preset.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
         sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps), eval_prompts=config.eval_prompts,
+        eval_prompt_set="showcase",
     )  # fmt: skip
 
 

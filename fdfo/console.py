@@ -12,6 +12,7 @@ from fdfo.distributed import Job
 from fdfo.health import Signs, relative_change
 from fdfo.logger import memory_gib, peak_memory_gib
 from fdfo.preparation import Run
+from fdfo.report import write_report
 from fdfo.rollout import Differences, gather_scores
 from fdfo.selection import REWARD, change, evaluation_of
 from fdfo.training_state import adapter_copy
@@ -101,7 +102,9 @@ def report_evaluation(job: Job, run: Run, warnings: list[str], seconds: float) -
 
 def report_end(job: Job, run: Run) -> None:
     """Where everything is, and what the run has changed on held-out prompts."""
-    job.print(f"run: {run.folder}\nlog: {run.folder / 'training_log.jsonl'}")
+    job.print(
+        f"run: {run.folder}\nlog: {run.folder / 'training_log.jsonl'}\nreport: {job.on_main(lambda: write_report(run.folder))}"
+    )
     if not job.is_main or run.held_out is None:
         return
     first, last = (evaluation_of(run.log.evaluations[i]) for i in (0, -1))

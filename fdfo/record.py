@@ -1,9 +1,10 @@
-"""What an evaluation leaves in the run folder: its line of the log, its sample sheet, and the link to the best checkpoint."""
+"""What an evaluation leaves in the run folder: its line of the log, its sample sheet, the link to the best checkpoint, the report."""
 
 import torch
 
 from fdfo.config import TrainConfig
 from fdfo.preparation import Run
+from fdfo.report import write_report
 from fdfo.results import summarise
 from fdfo.selection import Evaluation, best_epoch, evaluation_of, hacking_signs
 from fdfo.sheets import grid_sheet, save_sheet
@@ -14,7 +15,7 @@ SHOWN_PICTURES = 12  # of a sheet
 
 
 def record(config: TrainConfig, run: Run, evaluation: Evaluation, pictures: torch.Tensor, seconds: float) -> list[str]:
-    """Sample sheet, line of the log and checkpoints/best of an evaluation; its warnings. pictures [P, 3, H, W], one a prompt."""
+    """Sample sheet, line of the log, checkpoints/best and report of an evaluation; its warnings. pictures [P, 3, H, W], one a prompt."""
     held_out, epoch = run.held_out, evaluation.epoch
     shown = min(SHOWN_PICTURES, len(pictures))
     sheet = grid_sheet(held_out.prompts[:shown], pictures[:shown], columns=4, cols=1, rows=1)
@@ -31,6 +32,7 @@ def record(config: TrainConfig, run: Run, evaluation: Evaluation, pictures: torc
         best=best, warnings=warnings, seconds=seconds,
     )  # fmt: skip
     point_to_best(run.folder, best)
+    write_report(run.folder)
     return warnings
 
 

@@ -107,7 +107,7 @@ def number_or_none(text: str) -> float | None:
 
 
 def key(line: dict) -> tuple:
-    return line["kind"], line["epoch"], str(line.get("step")), str(line.get("metric"))
+    return line["kind"], line["epoch"], str(line.get("step"))
 
 
 def page_line(line: dict, first: dict | None) -> dict:

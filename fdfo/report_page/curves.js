@@ -19,7 +19,6 @@ function readRun({ name, lines, settings, notes }) {
     starts: kind("start"),
     epochs: kind("epoch"),
     evals: kind("eval"),
-    heldout: kind("heldout"),
     steps: new Map(),
   };
   for (const step of kind("step")) run.steps.set(step.epoch, [...(run.steps.get(step.epoch) ?? []), step]);

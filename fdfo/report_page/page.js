@@ -145,7 +145,7 @@ function sections() {
   const charts = grid([rewardChart(), ...heldoutCharts(), ...scorerCharts()]);
   return [
     single
-      ? section("reward", "Reward", charts, heldoutTable(single), endTable(single))
+      ? section("reward", "Reward", charts, heldoutTable(single))
       : section("reward", "Reward", comparedRuns(), charts),
     section(
       "pictures",

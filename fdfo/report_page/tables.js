@@ -74,18 +74,6 @@ function metricName(run, name) {
   return name === "reward" && run.same ? `reward (${run.same})` : name;
 }
 
-/** The comparison of base and adapter at the end of a run. */
-function endTable(run) {
-  const rows = run.heldout.map((line) => [
-    String(line.metric),
-    short(finite(line.before)),
-    short(finite(line.after)),
-    change(finite(line.after - line.before), line.error),
-    short(finite(line.count)),
-  ]);
-  return rows.length ? card(table(["At the end of the run", "base model", "adapter", "change, paired", "prompts"], rows)) : null;
-}
-
 /** Every run at its newest epoch and evaluation. */
 function comparedRuns() {
   const metrics = [...new Set(runs.flatMap((run) => run.metrics))];
