@@ -50,14 +50,15 @@ class HubServer:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if not self.has_token():
                     return self.send_error(401)
+                status = 409 if self.path == "/api/repos/create" and hub.files else 200  # one that exists
                 answer = hub.posted(self.path.strip("/"), [json.loads(line) for line in body.splitlines()])
-                return self.reply(json.dumps(answer).encode(), {"Content-Type": "application/json"}, True)
+                return self.reply(json.dumps(answer).encode(), {"Content-Type": "application/json"}, True, status)
 
             def has_token(self) -> bool:
                 return self.headers["Authorization"] == f"Bearer {hub.token}"
 
-            def reply(self, content: bytes, headers: dict[str, str], send_body: bool) -> None:
-                self.send_response(200)
+            def reply(self, content: bytes, headers: dict[str, str], send_body: bool, status: int = 200) -> None:
+                self.send_response(status)
                 for name, value in (headers | {"Content-Length": str(len(content))}).items():
                     self.send_header(name, value)
                 self.end_headers()
@@ -85,7 +86,8 @@ class HubServer:
         """What the hub does with the lines of a POST, and what it answers."""
         if path == "api/repos/create":
             assert f"{lines[0]['organization']}/{lines[0]['name']}" == self.repository
-            self.visible = lines[0]["visibility"] == "public"
+            if not self.files:  # else it is there already and stays as visible as it is
+                self.visible = lines[0]["visibility"] == "public"
             return {"url": f"{self.url}/{self.repository}"}
         if path == "api/validate-yaml":
             return {"errors": [], "warnings": []}
