@@ -12,7 +12,7 @@ import torch
 
 from fdfo.command_line import parse_generate_config
 from fdfo.config import GenerateConfig, UserError
-from fdfo.distributed import exit_on_user_error, start_job
+from fdfo.distributed import run_command_line, start_job
 from fdfo.plan import plan_pictures
 from fdfo.prompts import load_prompts
 
@@ -58,4 +58,4 @@ def generate(config: GenerateConfig) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command_line(main)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fdfo.command_line import parse_metrics_config
 from fdfo.config import MetricsConfig, UserError, config_to_dict
-from fdfo.distributed import Job, exit_on_user_error, start_job
+from fdfo.distributed import Job, run_command_line, start_job
 from fdfo.logger import StageClock, peak_memory_gib, versions
 from fdfo.prompts import choose_prompts, load_prompts
 from fdfo.results import Result, changes, plot, result_json, table, warnings, write_json
@@ -140,4 +140,4 @@ def say(job: Job, result: Result, broken: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command_line(main)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fdfo.command_line import check_own_code, flag_value, parse_train_config, timeout_minutes
 from fdfo.config import TrainConfig
-from fdfo.distributed import Job, check_device, exit_on_user_error, start_job
+from fdfo.distributed import Job, check_device, run_command_line, start_job
 
 if TYPE_CHECKING:
     from fdfo.checkpoint import Checkpoint
@@ -61,4 +61,4 @@ def train_and_report(job: Job, config: TrainConfig, checkpoint: "Checkpoint | No
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command_line(main)

@@ -39,10 +39,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rewards.vlm  # noqa: E402
+from fdfo.adapter import LORA_TARGETS  # noqa: E402
 from fdfo.config import PRESETS, SD35_MEDIUM, TrainConfig  # noqa: E402
-from fdfo.distributed import exit_on_user_error, start_job  # noqa: E402
+from fdfo.distributed import run_command_line, start_job  # noqa: E402
 from fdfo.logger import StageClock, versions  # noqa: E402
-from fdfo.model import LORA_TARGETS, FlowModel  # noqa: E402
+from fdfo.model import FlowModel  # noqa: E402
 from fdfo.plan import plan_batches  # noqa: E402
 from fdfo.rollout import trajectory_storage  # noqa: E402
 from fdfo.trainer import train  # noqa: E402
@@ -201,4 +202,4 @@ def report(config: FullSizeConfig, settings: TrainConfig, top: float, peaks: dic
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(tyro.cli(FullSizeConfig)))
+    run_command_line(lambda: main(tyro.cli(FullSizeConfig)))

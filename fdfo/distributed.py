@@ -150,7 +150,7 @@ def check_device(precision: str, device: torch.device) -> None:
         )
 
 
-def exit_on_user_error(main: Callable[[], None]) -> None:
+def run_command_line(main: Callable[[], None]) -> None:
     """Runs a command line and ends the process; a UserError, or a full GPU, becomes one sentence on stderr and exit code 2.
 
     Where all ranks fail alike rank 0 says so and torchrun ends the others; a rank that is still there after ten seconds

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fdfo.command_line import parse_export_config
 from fdfo.config import PRESETS, ExportConfig, UserError
-from fdfo.distributed import exit_on_user_error
+from fdfo.distributed import run_command_line
 from fdfo.manifest import whole_folder
 
 if TYPE_CHECKING:
@@ -107,4 +107,4 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command_line(main)

@@ -12,15 +12,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from fdfo.adapter import read_adapter_config
 from fdfo.config import UserError
 from fdfo.hub import ADAPTER
-from fdfo.model import read_adapter_config
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-Lora = dict[
-    str, tuple[torch.Tensor, torch.Tensor]
-]  # by module of the transformer: A [r, K], B [M, r]; its weight [M, K] becomes W + B A
+# By module of the transformer: A [r, K], B [M, r]; its weight W [M, K] becomes W + B A.
+Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def read_lora(folder: Path) -> Lora:

@@ -1,27 +1,24 @@
 """The text-to-image flow model: a frozen StableDiffusion3Pipeline with a LoRA on its transformer (METHOD.md 1 and 4)."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model_state_dict
 
 from fdfo.acceleration import PinnedWeights, cast_frozen_weights, checkpointing, fast_attention, pad_rows, try_compiled
+from fdfo.adapter import attach_lora, fill_lora, lora_targets, read_adapter_config
 from fdfo.config import UserError
 from fdfo.distributed import check_device
-from fdfo.hub import ADAPTER, check_adapter_files, load_pipeline
+from fdfo.hub import load_pipeline
 from fdfo.lora_attention import GroupedJointAttention
 
 COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TRAINING_TEXT_LENGTH = 128  # T5 tokens in training
 PICTURE_TEXT_LENGTH = 256  # T5 tokens for evaluation pictures
 DECODE_BATCH = 8  # pictures; on a CPU larger batches fall out of its caches and take twice as long
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 @dataclass(frozen=True)
@@ -70,51 +67,21 @@ class FlowModel:
         """A fresh float32 LoRA (METHOD.md 4): Gaussian A from the seed, B = 0."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._attach(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=self.lora_targets()))
+            targets = lora_targets(self.pipe.transformer)
+            config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
+            self.peft = attach_lora(self.pipe.transformer, config, self.name)
 
     def load_adapter(self, folder: Path) -> None:
         """The PEFT adapter that lies in a folder, in place of any other. Raises UserError if it does not fit this transformer."""
         config = read_adapter_config(folder)
         self.remove_adapter()
-        self._attach(config)
-        try:
-            state = load_file(folder / ADAPTER)
-            result = set_peft_model_state_dict(self.peft, state)
-        except (RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"The adapter in {folder} does not fit {self.name} ({reason}): give its own base model.") from error
-        missing = [key for key in result.missing_keys if "lora_" in key]
-        if result.unexpected_keys or missing:
-            strange = (result.unexpected_keys + missing)[0]
-            raise UserError(f"The adapter in {folder} does not fit {self.name} (at {strange}): give its own base model.")
+        self.peft = attach_lora(self.pipe.transformer, config, self.name)
+        fill_lora(self.peft, folder, self.name)
 
     def remove_adapter(self) -> None:
         """Back to the base model."""
         if self.peft is not None:
             self.pipe.transformer, self.peft = self.peft.unload(), None
-
-    def lora_targets(self) -> list[str]:
-        """Full names of the joint attention's linear layers; the last block has no to_add_out, attn2 is not adapted."""
-        blocks = range(self.pipe.transformer.config.num_layers)
-        names = [f"transformer_blocks.{block}.attn.{target}" for block in blocks for target in LORA_TARGETS]
-        return names[:-1]
-
-    def _attach(self, config: LoraConfig) -> None:
-        expected = set(self.lora_targets())
-        try:
-            self.peft = get_peft_model(self.pipe.transformer, config)
-        except ValueError as error:
-            raise UserError(f"The LoRA binds to no module of {self.name}: give an adapter of an SD3 transformer.") from error
-        found = {name for name, module in self.pipe.transformer.named_modules() if hasattr(module, "lora_A")}
-        if found != expected:
-            lines = [f"  missing {name}" for name in sorted(expected - found)]
-            lines += [f"  unexpected {name}" for name in sorted(found - expected)]
-            raise UserError(
-                f"The LoRA binds to {len(found)} modules of {self.name}, the architecture has {len(expected)}: give an adapter "
-                "of the joint attention's linear layers. Differences:\n" + "\n".join(lines)
-            )
-        for parameter in self.trainable():
-            assert parameter.dtype == torch.float32
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The LoRA's parameters, in a fixed order."""
@@ -299,16 +266,3 @@ class FlowModel:
             raise UserError(f"The resolution {resolution} does not fit {self.name}: give a multiple of {step} up to {largest}.")
         size = resolution // self.pipe.vae_scale_factor
         return (config.in_channels, size, size)
-
-
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The LoraConfig of an adapter folder. Raises UserError if the folder holds no LoRA adapter."""
-    check_adapter_files(folder, folder)
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder}/adapter_config.json is not the configuration of a PEFT adapter: restore the file.") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"The adapter in {folder} is no LoRA: give a LoRA adapter.")
-    config.inference_mode, config.base_model_name_or_path = False, None
-    return config

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fdfo.command_line import parse_report_config
 from fdfo.config import PRESETS, UserError, config_to_dict
-from fdfo.distributed import exit_on_user_error
+from fdfo.distributed import run_command_line
 from fdfo.manifest import is_file, is_folder, read_json, write_whole
 
 PAGE = Path(__file__).parent / "report_page"  # page.html, into which the other files and the data go
@@ -187,4 +187,4 @@ def spread(sizes: list[int], limit: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command_line(main)

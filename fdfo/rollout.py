@@ -27,6 +27,7 @@ class Rollout:
 
     prompts: list[str]  # [P], one a pair
     text: TextEmbeddings  # P rows
+    empty: TextEmbeddings | None  # the empty prompt, one row, where guidance needs it
     xs: torch.Tensor  # [2P, T, C, H, W]
     velocities: torch.Tensor  # [2P, T, C, H, W]
     final: torch.Tensor  # [2P, C, H, W]
@@ -122,7 +123,7 @@ def sample_share(
         x_init = torch.stack([standard_normal(shape, config.seed, epoch, pair, START) for pair in batch]).to(model.device)
         paths = sample_pairs(velocity, x_init, sigmas, pair_gammas(config, sigmas, epoch, batch), noise)
         xs[rows], velocities[rows], final[rows] = paths.xs, paths.velocities, paths.final
-    return Rollout(prompts, text, xs, velocities, final)
+    return Rollout(prompts, text, empty, xs, velocities, final)
 
 
 def score_share(rollout: Rollout, images: torch.Tensor, reward: WeightedReward) -> Differences:

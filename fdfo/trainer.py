@@ -15,7 +15,7 @@ from fdfo.health import one_colour
 from fdfo.heldout import draw_held_out, score_held_out
 from fdfo.logger import StageClock, evaluation_due, versions
 from fdfo.memory import fitting_plan
-from fdfo.model import FlowModel, TextEmbeddings
+from fdfo.model import FlowModel
 from fdfo.preemption import Stopped, guarded
 from fdfo.preparation import Run, prepare
 from fdfo.prompts import epoch_prompts
@@ -66,7 +66,6 @@ class Experience:
     differences: Differences
     one_colour: torch.Tensor  # [2P], 1 where the picture is of one colour
     shown: list[ShownPair]
-    guidance_text: TextEmbeddings | None
 
 
 def train_epoch(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None:
@@ -95,18 +94,16 @@ def collect(job: Job, config: TrainConfig, run: Run, stages: Stages) -> Experien
     epoch, model, pairs = run.progress.epochs, run.model, job.share(config.total_pairs_per_epoch)
     with stages("encode", epoch + 1):
         prompts = epoch_prompts(run.prompts, epoch, config.total_pairs_per_epoch, config.seed)[pairs.start : pairs.stop]
-        text, guidance_text = encode_prompts(model, prompts, config)
+        text, empty = encode_prompts(model, prompts, config)
     with stages("sample", epoch + 1, total=len(pairs), unit="pairs"):
-        rollout = sample_share(
-            model, config, run.plan, epoch, pairs, prompts, text, guidance_text, stages.progress
-        )  # fmt: skip
+        rollout = sample_share(model, config, run.plan, epoch, pairs, prompts, text, empty, stages.progress)
     with stages("decode", epoch + 1):
         images = model.decode(rollout.final)
     with stages("reward", epoch + 1):
         differences = score_share(rollout, images, run.reward)
     if run.progress.samples == 0:
         check_first_scores(gather_scores(job, differences.scores))
-    return Experience(rollout, differences, one_colour(images), shown_pairs(rollout, differences, images), guidance_text)
+    return Experience(rollout, differences, one_colour(images), shown_pairs(rollout, differences, images))
 
 
 def shown_pairs(rollout: Rollout, differences: Differences, images: torch.Tensor) -> list[ShownPair]:
@@ -127,8 +124,8 @@ def update(job: Job, config: TrainConfig, run: Run, stages: Stages, experience: 
     for number, (samples, total) in list(enumerate(steps))[len(progress.steps) :]:
         with stages("update", epoch + 1, number, len(samples), "samples"):
             stats = optimizer_step(
-                job, model, config, run.plan, experience.rollout, experience.differences, experience.guidance_text, samples, total,
-                run.optimizer, run.scale, first=epoch == run.first_epoch and number == 0, asked=stages.asked,
+                job, model, config, run.plan, experience.rollout, experience.differences, samples, total, run.optimizer, run.scale,
+                first=epoch == run.first_epoch and number == 0, asked=stages.asked,
             )  # fmt: skip
         if stats is None:  # a rank was asked to stop
             stages.guard.enter(f"step {number + 1} of the update of epoch {epoch + 1}")

@@ -14,7 +14,7 @@ import torch
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.estimator import surrogate_loss
-from fdfo.model import FlowModel, TextEmbeddings
+from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan
 from fdfo.rollout import Differences, Rollout
 
@@ -95,7 +95,6 @@ def accumulate_gradient(
     plan: BatchPlan,
     rollout: Rollout,
     differences: Differences,
-    empty: TextEmbeddings | None,
     samples: torch.Tensor,
     total: int,
     scale: float,
@@ -118,12 +117,12 @@ def accumulate_gradient(
         x, v_ref = rollout.samples(batch // T, batch % T)
         row, step = (batch // T).to(model.device), (batch % T).to(model.device)
         text = rollout.text.rows(row // 2)
-        v = model.velocity(x, sigmas[step], text, empty, guidance)
+        v = model.velocity(x, sigmas[step], text, rollout.empty, guidance)
         loss, ratio = surrogate_loss(v, v_ref, differences.dx[row], differences.dR[row], config.train.clip_range)
         kept = ~differences.dropped[row]
         if config.train.kl_weight > 0:
             with torch.no_grad(), model.base():
-                v_base = model.velocity(x, sigmas[step], text, empty, guidance)
+                v_base = model.velocity(x, sigmas[step], text, rollout.empty, guidance)
             distance = (v.float() - v_base.float()).square().mean((1, 2, 3))
             loss = loss + config.train.kl_weight * kept * distance
         (loss.sum() * (scale / total)).backward()
@@ -171,7 +170,6 @@ def optimizer_step(
     plan: BatchPlan,
     rollout: Rollout,
     differences: Differences,
-    empty: TextEmbeddings | None,
     samples: torch.Tensor,
     total: int,
     optimizer: torch.optim.AdamW,
@@ -190,7 +188,7 @@ def optimizer_step(
     while True:
         optimizer.zero_grad()
         used = scale.value
-        sums, ratio_first = accumulate_gradient(model, config, plan, rollout, differences, empty, samples, total, used, asked)
+        sums, ratio_first = accumulate_gradient(model, config, plan, rollout, differences, samples, total, used, asked)
         reduce_gradient(job, parameters, used)
         if first:
             check_ratio(job, ratio_first, config.precision)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from fdfo.distributed import Job, exit_on_user_error  # noqa: E402
+from fdfo.distributed import Job, run_command_line  # noqa: E402
 from fdfo.model import FlowModel  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         code = 0
         try:
-            exit_on_user_error(module.main)
+            run_command_line(module.main)
         except SystemExit as stop:
             code = stop.code
         return (code, *capsys.readouterr())

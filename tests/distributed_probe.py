@@ -45,7 +45,7 @@ def main(out: str, runs_dir: str, pairs: int) -> None:
         held = rollout.xs.numel()
         differences = score_share(rollout, model.decode(rollout.final), run.reward)
         samples, total = step_samples(run.plan, config, 1, own)[0]
-        accumulate_gradient(model, config, run.plan, rollout, differences, empty, samples, total, 1.0)
+        accumulate_gradient(model, config, run.plan, rollout, differences, samples, total, 1.0)
         reduce_gradient(job, model.trainable(), 1.0)
         gradient = torch.cat([p.grad.flatten() for p in model.trainable()])
         start = torch.cat([p.detach().flatten() for p in model.trainable()])

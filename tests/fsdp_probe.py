@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from fdfo.distributed import exit_on_user_error, start_job
+from fdfo.distributed import run_command_line, start_job
 from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 
 
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command_line(main)

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from fdfo import export
-from fdfo.distributed import exit_on_user_error
+from fdfo.distributed import run_command_line
 
 run, name, token, picture = sys.argv[1:]
 
@@ -20,7 +20,7 @@ def push(*flags: str) -> int:
     """The exit code."""
     sys.argv[1:] = [run, "--push-to-hub", name, *flags]
     try:
-        exit_on_user_error(export.main)
+        run_command_line(export.main)
     except SystemExit as stop:
         return stop.code
     return 0

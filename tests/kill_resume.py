@@ -26,7 +26,7 @@ from test_training import comparable  # noqa: E402
 
 import fdfo.trainer  # noqa: E402, F401
 import train  # noqa: E402
-from fdfo.distributed import exit_on_user_error  # noqa: E402
+from fdfo.distributed import run_command_line  # noqa: E402
 
 EPOCHS = 6
 FLAGS = (
@@ -71,7 +71,7 @@ class TinyRun:
         sys.argv = ["train.py", *FLAGS, str(runs_dir)]
         code = 1
         try:
-            exit_on_user_error(train.main)
+            run_command_line(train.main)
             code = 0
         finally:
             os._exit(code)

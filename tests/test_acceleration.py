@@ -5,6 +5,7 @@ import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 from fdfo.acceleration import cast_frozen_weights, pad_rows
+from fdfo.adapter import lora_targets
 from fdfo.lora_attention import GroupedJointAttention, LoraProduct
 from fdfo.model import FlowModel, TextEmbeddings
 
@@ -72,7 +73,7 @@ def test_frozen_weights_are_cast_once_as_autocast_would(tiny: FlowModel):
     assert len(halves) > 50
     for name, parameter in transformer.named_parameters():
         assert torch.equal(parameter, before[name].to(parameter.dtype))
-    assert len(tiny.trainable()) == 2 * len(tiny.lora_targets())
+    assert len(tiny.trainable()) == 2 * len(lora_targets(tiny.pipe.transformer))
 
 
 def test_padding_repeats_a_row():

@@ -22,12 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_training import small
 
+from fdfo.adapter import LORA_TARGETS
 from fdfo.checkpoint import CARD, STATE, find_checkpoint, read_state, saved_config
 from fdfo.config import SD35_MEDIUM, GenerateConfig, OptimConfig, SampleConfig, TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.lora_file import LORA_FILE, read_lora
 from fdfo.manifest import seal
-from fdfo.model import LORA_TARGETS, FlowModel
+from fdfo.model import FlowModel
 from fdfo.model_card import Origin, model_card
 from fdfo.pictures import draw_pictures, encode_for_pictures, load_for_pictures
 from fdfo.plan import plan_pictures

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fdfo.adapter import read_adapter_config
 from fdfo.checkpoint import find_checkpoint, read_config
 from fdfo.command_line import parse_train_config
 from fdfo.config import PRESETS, GenerateConfig, TrainConfig, UserError, config_to_dict
 from fdfo.hub import ADAPTER, check_adapter_files, download_folder
-from fdfo.model import read_adapter_config
 from fdfo.model_card import Origin, model_card
 from fdfo.plan import plan_batches, plan_pictures
 from fdfo.prompts import LONGEST_PROMPT, load_prompts

@@ -67,7 +67,7 @@ def test_float16_gradient_is_that_of_float32(tmp_path: Path):
     samples, total = step_samples(run.plan, config, 0, range(16))[0]
 
     def gradient(model: FlowModel, scale: float) -> torch.Tensor:
-        accumulate_gradient(model, config, run.plan, rollout, differences, None, samples, total, scale)
+        accumulate_gradient(model, config, run.plan, rollout, differences, samples, total, scale)
         return torch.cat([p.grad.flatten() for p in model.trainable()]) / scale
 
     half = gradient(run.model, 2.0**16)

@@ -10,6 +10,7 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from fdfo.adapter import lora_targets
 from fdfo.config import TrainConfig, UserError
 from fdfo.model import FlowModel
 from fdfo.training_state import Progress, save_checkpoint
@@ -30,7 +31,7 @@ def test_lora_of_sd35_medium_has_191_modules():
         model.name, model.peft = "SD3.5 Medium", None
         model.pipe = type("Pipe", (), {"transformer": transformer})()
         model.add_lora(32, 64, 0)
-    assert len(model.lora_targets()) == 191
+    assert len(lora_targets(model.pipe.transformer)) == 191
     assert sum(p.numel() for p in model.trainable()) == 18_776_064
     names = [name for name, _ in model.named_trainable()]
     assert not any("attn2" in name or "23.attn.to_add_out" in name for name in names)

@@ -12,7 +12,7 @@ from test_training import log_of, small
 
 from fdfo.checkpoint import find_checkpoint
 from fdfo.config import PRESETS, SampleConfig, UserError
-from fdfo.distributed import Job, exit_on_user_error
+from fdfo.distributed import Job, run_command_line
 from fdfo.health import Health, Signs, one_colour
 from fdfo.memory import with_largest
 from fdfo.plan import plan_batches
@@ -124,7 +124,7 @@ def test_a_full_gpu_ends_with_one_sentence(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(SystemExit, match="2"):
-        exit_on_user_error(main)
+        run_command_line(main)
     assert capsys.readouterr().err.startswith("error: The GPU has no memory left: lower the batch size (--max-batch-size")
 
 
