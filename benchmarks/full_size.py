@@ -9,6 +9,12 @@ The whole epoch (432 pairs) is 8 times the default 54 pairs. --eager runs the sa
 weights in bfloat16 under autocast, diffusers' attention with PEFT's layers, the library's vision attention, and that loop's
 batch sizes. Both include what is done once an epoch: encoding the prompts, with the text encoders brought from the host.
 
+Two GPUs, and one with the same pairs in all; precision.py says how far apart two gradients are:
+
+torchrun --nproc_per_node=2 benchmarks/full_size.py --pairs 27 --gradient two.pt --out two.json
+python benchmarks/full_size.py --pairs 54 --gradient one.pt --out one.json
+python benchmarks/precision.py --compare one.pt two.pt
+
 The preset for one GPU of 24 GB, all 432 pairs, on a GPU that lets this process have no more than 23 GB:
 
 python benchmarks/random_hub.py --parts sd35 clip vlm --vlm qwenvl-3b --out /dev/shm/random_hub
@@ -38,10 +44,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import fdfo.update  # noqa: E402
 import rewards.vlm  # noqa: E402
 from fdfo.adapter import LORA_TARGETS  # noqa: E402
 from fdfo.config import PRESETS, SD35_MEDIUM, TrainConfig  # noqa: E402
-from fdfo.distributed import run_command_line, start_job  # noqa: E402
+from fdfo.distributed import Job, run_command_line, start_job  # noqa: E402
 from fdfo.logger import StageClock, versions  # noqa: E402
 from fdfo.model import FlowModel  # noqa: E402
 from fdfo.plan import plan_batches  # noqa: E402
@@ -59,7 +66,7 @@ class FullSizeConfig:
     preset: Literal["sd35-medium", "sd35-medium-24gb"] = "sd35-medium"
     """train.py's preset"""
     pairs: int = 54
-    """pairs of the share"""
+    """pairs of the share, that is of each process"""
     solver_steps: int = STEPS
     """solver steps of a trajectory; ballast stands for those that are missing"""
     gpu_gb: float | None = None
@@ -72,6 +79,10 @@ class FullSizeConfig:
     """scorers of the share"""
     eval_prompts: int = 0
     """held-out prompts of an evaluation before the epoch and one after it, 15 at most; a rank of 8 has 16"""
+    shard_vlm: bool = False
+    """spread the judge over the processes even where one GPU has room for it"""
+    gradient: Path | None = None
+    """file for the gradient of the first optimizer step"""
     out: Path | None = None
     """JSON file for the figures"""
 
@@ -105,23 +116,21 @@ def ceiling() -> float:
     return 2 * 8192**3 / sorted(times[5:])[10] / 1e9
 
 
-def run_config(config: FullSizeConfig, folder: Path) -> TrainConfig:
+def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainConfig:
     """What train.py is given."""
     preset = PRESETS[config.preset]
     return dataclasses.replace(
-        preset, prompt_set="showcase", total_pairs_per_epoch=config.pairs, num_epochs=1, runs_dir=folder, compile=not config.eager,
+        preset, prompt_set="showcase", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=not config.eager,
         max_batch_size=config.max_batch_size or preset.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
         sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps), eval_prompts=config.eval_prompts,
         eval_prompt_set="showcase",
     )  # fmt: skip
 
 
-def ballast(run: TrainConfig, device: torch.device) -> list[torch.Tensor]:
+def ballast(run: TrainConfig, pairs: int, device: torch.device) -> list[torch.Tensor]:
     """Memory for what fewer solver steps leave out: the epoch's trajectories in float16, and those of one batch in float32."""
     missing, batch = STEPS - run.sample.num_solver_steps, plan_batches(run, 1).sample_batch
-    epoch = torch.ones(
-        2 * 2 * run.total_pairs_per_epoch * missing * LATENT, dtype=torch.float16, device=trajectory_storage(run, device)
-    )
+    epoch = torch.ones(2 * 2 * pairs * missing * LATENT, dtype=torch.float16, device=trajectory_storage(run, device))
     return [epoch, torch.ones(2 * 2 * batch * missing * LATENT, device=device)]
 
 
@@ -158,17 +167,35 @@ def main(config: FullSizeConfig) -> None:
         if config.gpu_gb is not None:
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(config.gpu_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
-        settings = run_config(config, Path(folder))
-        held = ballast(settings, job.device)
+        settings = run_config(config, Path(folder), job.world_size)
+        held = ballast(settings, config.pairs, job.device)
+        if config.shard_vlm:
+            rewards.vlm.needs_sharding = lambda name, dtype, job: True
+        if config.gradient is not None:
+            keep_gradient(config.gradient)
         with peaks_by_stage() as peaks:
             run = train(job, settings, None)
         del held
-        lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
-    report(config, settings, top, peaks, lines)
+        if job.is_main:
+            lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
+            report(config, settings, job.world_size, top, peaks, lines)
 
 
-def report(config: FullSizeConfig, settings: TrainConfig, top: float, peaks: dict, lines: list[dict]) -> None:
-    """The figures as JSON, on the console and into --out. top: ceiling(); lines: the run's log."""
+def keep_gradient(path: Path) -> None:
+    """Writes the first gradient that the update sums over the processes into a file, on rank 0."""
+    reduce = fdfo.update.reduce_gradient
+
+    def reduce_and_keep(job: Job, parameters: list[torch.nn.Parameter], scale: float) -> None:
+        reduce(job, parameters, scale)
+        if job.is_main and not path.exists():
+            torch.save(torch.cat([p.grad.flatten() for p in parameters]).cpu(), path)
+
+    path.unlink(missing_ok=True)
+    fdfo.update.reduce_gradient = reduce_and_keep
+
+
+def report(config: FullSizeConfig, settings: TrainConfig, processes: int, top: float, peaks: dict, lines: list[dict]) -> None:
+    """The figures of rank 0 as JSON, on the console and into --out. top: ceiling(); lines: the run's log."""
     start, epoch = (next(line for line in lines if line["kind"] == kind) for kind in ("start", "epoch"))
     steps = [line for line in lines if line["kind"] == "step"]
     seconds = {name: value for name, value in epoch["seconds"].items() if name != "checkpoint"}
@@ -181,9 +208,9 @@ def report(config: FullSizeConfig, settings: TrainConfig, top: float, peaks: dic
         name: {"samples_per_second": samples / seconds[name], "tflop_per_second": samples * work / seconds[name]}
         for name, work in (("sample", forward), ("update", both))
     }
-    plan = plan_batches(settings, 1)
+    plan = plan_batches(settings, processes)
     result = {
-        "device": torch.cuda.get_device_name(), "config": asdict(config) | {"out": str(config.out)}, "versions": versions(),
+        "device": torch.cuda.get_device_name(), "config": json.loads(json.dumps(asdict(config), default=str)), "processes": processes, "versions": versions(),
         "batch_sizes": {"pairs in sampling": plan.sample_batch, "samples in training": plan.train_batch},
         "seconds": seconds, "share_seconds": sum(whole.values()), "seconds_with_40_steps": whole,
         "epoch_gpu_seconds": 432 / config.pairs * sum(whole.values()),
