@@ -301,7 +301,7 @@ def test_the_readmes_own_reward_runs(tmp_path: Path):
     import sys
 
     readme = (ROOT / "README.md").read_text()
-    block = readme.split("```python\n")[1].split("```")[0]
+    block = readme.split("**A reward of your own**")[1].split("```python\n")[1].split("```")[0]
     (tmp_path / "my_reward.py").write_text(block)
     command = [sys.executable, ROOT / "train.py", *TINY_RUN, "--num-epochs", 1, "--reward-specs", "my_reward:Warmth=1.0"]
     assert "--reward-specs my_reward:Warmth=1.0" in readme
