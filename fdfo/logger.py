@@ -128,7 +128,7 @@ class RunLog:
             raise UserError(f"{self.path} cannot be written ({error.strerror}): make room, then resume.") from error
         if kind == "eval":
             self.evaluations.append(line)
-            values = {name: value for name, value in values.items() if name != "scores"}  # W&B has no use for every prompt's
+            values = {name: value for name, value in values.items() if name not in ("scores", "prompt_sum")}  # no use in W&B
         if self.wandb is not None:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"epoch": epoch})
 

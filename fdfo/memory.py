@@ -37,15 +37,15 @@ def fitting_plan(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPla
 
 def expected_memory(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPlan) -> str:
     """One line about the memory of a process: on a GPU what was measured up to the trial, and what an epoch's trajectories take."""
-    held = trajectory_bytes(config, model, plan) / 2**30
+    held = trajectory_bytes(config, model, plan)
     if job.device.type == "cpu":
-        return f"memory: {held:.2g} GiB for an epoch's trajectories, beside the models"
+        return f"memory: {held / 2**20:,.1f} MiB a process for an epoch's trajectories, beside the models"
     total = torch.cuda.get_device_properties(job.device).total_memory / 2**30
     peak = job.max(torch.cuda.max_memory_allocated(job.device)) / 2**30
     where = "host" if trajectory_storage(config, job.device).type == "cpu" else "GPU"
     return (
         f"memory: at most {peak:.1f} of the GPU's {total:.1f} GiB so far, a trial of the largest micro-batches included, decoding and "
-        f"scoring not; {held:.2g} GiB of {where} memory for an epoch's trajectories"
+        f"scoring not; {held / 2**30:.1f} GiB of {where} memory for an epoch's trajectories"
     )
 
 

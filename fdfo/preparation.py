@@ -64,10 +64,10 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
     resumed = checkpoint is not None and checkpoint.resumable
     own = checkpoint.run if resumed else started
     check_writable(own or config.runs_dir)
-    if own is not None:
-        job.on_main(lambda: check_same_prompts(own, split.held_out))
     if resumed:
         check_resume(config, saved_config(checkpoint))
+    if own is not None:
+        job.on_main(lambda: check_same_prompts(own, split.held_out))
     model = load_model(job, config, checkpoint)
     compile_seconds = accelerate(job, config, plan, model)
     optimizer = make_optimizer(model, config)

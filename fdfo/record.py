@@ -30,7 +30,8 @@ def record(config: TrainConfig, run: Run, evaluation: Evaluation, pictures: torc
     summaries = {name: summarise([[value] for value in values]) for name, values in evaluation.scores.items()}
     best = best_epoch(evaluations, held_out.metrics, saved_epochs(run.folder))
     run.log.write(
-        "eval", epoch, prompts=len(held_out.prompts), prompt_sum=text_sum(held_out.prompts), repeats=held_out.repeats, held_out=list(held_out.metrics), scores=evaluation.scores,
+        "eval", epoch, prompts=len(held_out.prompts), prompt_sum=text_sum(held_out.prompts), repeats=held_out.repeats,
+        held_out=list(held_out.metrics), scores=evaluation.scores,
         means={name: summary.mean for name, summary in summaries.items()},
         standard_errors={name: summary.standard_error for name, summary in summaries.items()},
         best=best, warnings=warnings, seconds=seconds,
