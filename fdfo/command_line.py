@@ -75,8 +75,8 @@ def check_train_config(config: TrainConfig) -> None:
         raise UserError("--keep-every has no effect without --keep-last, which bounds the checkpoints kept: give both.")
     if config.eval_prompts is not None and config.eval_prompts != 0 and not 2 <= config.eval_prompts <= 1_000_000:
         raise UserError(f"--eval-prompts is {config.eval_prompts}: give 2 or more, or 0 for no evaluation.")
-    if not 0 <= config.eval_least_diversity < math.inf:
-        raise UserError(f"--eval-least-diversity is {config.eval_least_diversity}: give a share of epoch 0's, such as 0.5.")
+    if not 0 <= config.eval_least_diversity <= 1:
+        raise UserError(f"--eval-least-diversity is {config.eval_least_diversity}: give a share of epoch 0's, from 0 to 1.")
     if len(set(config.eval_metrics)) < len(config.eval_metrics):
         raise UserError("--eval-metrics names a scorer twice: leave one out.")
     check_timeout(config.timeout_minutes)
@@ -142,7 +142,7 @@ def check_no_drawing(config: MetricsConfig) -> None:
 
 
 def parse_export_config(argv: Sequence[str]) -> ExportConfig:
-    config = tyro.cli(ExportConfig, args=list(argv), config=(tyro.conf.PositionalRequiredArgs,))
+    config = tyro.cli(ExportConfig, prog="python -m fdfo.export", args=list(argv), config=(tyro.conf.PositionalRequiredArgs,))
     if config.lora is None and config.merge is None and config.push_to_hub is None:
         raise UserError("There is nothing to write: give --lora FOLDER, --merge FOLDER or --push-to-hub OWNER/NAME.")
     if config.lora is not None and config.merge is not None:
@@ -160,7 +160,7 @@ def parse_export_config(argv: Sequence[str]) -> ExportConfig:
 
 
 def parse_report_config(argv: Sequence[str]) -> ReportConfig:
-    config = tyro.cli(ReportConfig, args=list(argv), config=(tyro.conf.PositionalRequiredArgs,))
+    config = tyro.cli(ReportConfig, prog="python -m fdfo.report", args=list(argv), config=(tyro.conf.PositionalRequiredArgs,))
     if not config.runs:
         raise UserError("No run is named: give one or more run folders, such as runs/00000-scene-cfg_1p0.")
     if config.out is not None and config.out.suffix.lower() not in (".html", ".htm"):

@@ -91,9 +91,9 @@ class TrainConfig:
     resume_from: str | None = None
     """checkpoint folder, run folder (its newest whole checkpoint) or hub URL to go on from; or auto: the run folder with the
     highest number in --runs-dir whose settings are those of this command line, whatever --num-epochs, --save-freq, --keep-...,
-    --max-batch-size, the two --...batch-size, --memory-efficient, --gradient-checkpointing, --offload-..., --compile, --vlm-use-fsdp, --log-wandb,
-    --strict, --timeout-minutes and --eval-every and --eval-least-diversity say, from its newest whole checkpoint or, where it has none, from its beginning; a new run where there is no
-    such folder"""
+    --max-batch-size, the two --...batch-size, --memory-efficient, --gradient-checkpointing, --offload-..., --compile, --vlm-use-fsdp,
+    --log-wandb, --strict, --timeout-minutes, --eval-every and --eval-least-diversity say, from its newest whole checkpoint or, where
+    it has none, from its beginning; a new run where there is no such folder"""
     strict: bool = False
     """stop with a checkpoint where an epoch's health check or an evaluation warns"""
     timeout_minutes: float = 30.0
@@ -140,7 +140,7 @@ class TrainConfig:
     eval_prompts: int | None = None
     """held-out prompts: 128 if left out, or a tenth of a --prompt-set that is smaller than 1,280; 0 means no evaluation"""
     eval_prompt_set: str | None = None
-    """prompts to evaluate on; if left out they are split off --prompt-set and never trained on"""
+    """prompts to evaluate on, which are never trained on; if left out they are split off --prompt-set"""
     eval_metrics: tuple[str, ...] = ("clip_h14", "dreamsim_diversity")
     """scorers of the evaluations beside the reward's own; they choose checkpoints/best. A diversity makes it two pictures a prompt"""
     eval_least_diversity: float = 0.5

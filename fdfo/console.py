@@ -11,6 +11,7 @@ from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.health import Signs, relative_change
 from fdfo.logger import memory_gib, peak_memory_gib
+from fdfo.memory import expected_memory
 from fdfo.preparation import Run
 from fdfo.report import write_report
 from fdfo.rollout import Differences, gather_scores
@@ -36,6 +37,7 @@ def announce(job: Job, config: TrainConfig, run: Run) -> None:
             f"{config.eval_every} epochs: {metrics}"
         )
     job.print(run.plan.describe())
+    job.print(expected_memory(job, config, run.model, run.plan))
     job.print(f"run folder: {run.folder}")
 
 
@@ -94,7 +96,8 @@ def report_evaluation(job: Job, run: Run, warnings: list[str], seconds: float) -
     for name in (REWARD, *run.held_out.metrics):
         rise = change(name, first, newest)
         cells.append(f"{name} {rise.after:.4g}" + (f" ({rise.difference:+.3g} +- {rise.error:.2g})" if newest.epoch > 0 else ""))
-    chosen = "" if newest.epoch == 0 else f"; best checkpoint: {'none yet' if best is None else f'epoch {best}'}"
+    told = newest.epoch > 0 and run.held_out.metrics  # without such metrics no checkpoint can be the best
+    chosen = f"; best checkpoint: {'none yet' if best is None else f'epoch {best}'}" if told else ""
     job.print(f"{time.strftime('%H:%M:%S')} evaluation after epoch {newest.epoch}: {', '.join(cells)}{chosen}, {seconds:.1f} s")
     for warning in warnings:
         job.print(f"warning: evaluation after epoch {newest.epoch}: {warning}")
@@ -129,9 +132,10 @@ def strict_stop(run: Run, warnings: list[str]) -> UserError:
 
 def resume_command(job: Job, config: TrainConfig, run: Run) -> str:
     """The command line that goes on where a run was stopped."""
-    own = [spec for spec in config.reward_specs if ":" in spec]  # code of one's own is run on the user's word alone
-    specs = f" --reward-specs {' '.join(config.reward_specs)}" if own else ""
-    return f"{' '.join(launcher(job))} {sys.argv[0]} --resume-from {run.folder}{specs}"
+    flags = {"--reward-specs": config.reward_specs, "--eval-metrics": config.eval_metrics}
+    own = {flag: names for flag, names in flags.items() if any(":" in name for name in names)}  # is run on the user's word alone
+    again = "".join(f" {flag} {' '.join(names)}" for flag, names in own.items())
+    return f"{' '.join(launcher(job))} {sys.argv[0]} --resume-from {run.folder}{again}"
 
 
 def launcher(job: Job) -> list[str]:

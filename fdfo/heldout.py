@@ -38,7 +38,13 @@ def split_prompts(config: TrainConfig) -> PromptSplit:
         count = min(DEFAULT_PROMPTS, len(held_out)) if config.eval_prompts is None else config.eval_prompts
         if count > len(held_out):
             raise UserError(f"{config.eval_prompt_set} has {len(held_out)} prompts: lower --eval-prompts to that or less.")
-        return PromptSplit(prompts, held_out[:count])
+        if count == 1:
+            raise UserError(f"{config.eval_prompt_set} has a single prompt: give {LEAST_PROMPTS} or more, or --eval-prompts 0.")
+        taken = set(held_out[:count])
+        training = [prompt for prompt in prompts if prompt not in taken]
+        if not training:
+            raise UserError(f"{config.eval_prompt_set} leaves no prompt to train on: give another one, or lower --eval-prompts.")
+        return PromptSplit(training, held_out[:count])
     count = config.eval_prompts
     if count is None:
         tenth = len(set(prompts)) // 10

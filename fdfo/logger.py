@@ -24,6 +24,7 @@ from fdfo.distributed import Job
 from fdfo.manifest import whole_folder, write_whole
 
 T = TypeVar("T")
+SHEET_NAME = re.compile(r"(?:epoch|pairs)-(\d{7,})\.jpg")
 
 
 def check_writable(runs_dir: Path) -> None:
@@ -52,16 +53,24 @@ def create_run_folder(config: TrainConfig) -> Path:
 
 
 def reopen_run_folder(run: Path, config: TrainConfig, reached: tuple[int, int]) -> None:
-    """Makes config.json say what the resumed run does, and sets checkpoints aside that lie behind the position it goes on from."""
+    """Makes config.json say what the resumed run does, and sets checkpoints and sheets aside that lie behind the position it goes
+    on from."""
     try:
         write_whole(run / "config.json", config_to_json(config))
         for partial in run.glob("checkpoints/.epoch-*.partial"):  # of a process that was killed while it wrote or deleted one
             shutil.rmtree(partial)
-        for folder in all_checkpoints(run):
-            if position(folder) > reached:
-                folder.rename(folder.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{folder.name}"))
+        later = [folder for folder in all_checkpoints(run) if position(folder) > reached]
+        later += [sheet for sheet, epoch in sheets_of(run) if epoch > max(0, reached[0])]  # epoch 0 has no checkpoint
+        for path in later:
+            path.rename(path.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"))
     except OSError as error:
         raise UserError(f"{run} cannot be written ({error.strerror}): resume from a copy that can.") from error
+
+
+def sheets_of(run: Path) -> list[tuple[Path, int]]:
+    """The sheets of samples and of pairs in a run folder, each with its epoch."""
+    found = {path: SHEET_NAME.fullmatch(path.name) for path in (run / "samples").glob("*.jpg")}
+    return [(path, int(match[1])) for path, match in found.items() if match]
 
 
 def claim(run: Path) -> None:
@@ -119,7 +128,7 @@ class RunLog:
             raise UserError(f"{self.path} cannot be written ({error.strerror}): make room, then resume.") from error
         if kind == "eval":
             self.evaluations.append(line)
-            values = {name: value for name, value in values.items() if name != "scores"}  # W&B has no use for every prompt's
+            values = {name: value for name, value in values.items() if name not in ("scores", "prompt_sum")}  # no use in W&B
         if self.wandb is not None:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"epoch": epoch})
 
@@ -145,10 +154,11 @@ def read_log(path: Path) -> list[dict]:
 
 def check_line(line: dict) -> None:
     """Raises one of several errors unless this is an object whose numbers a resumed run can rely on."""
-    numbers = [line["epoch"], line.get("step", 0), line.get("grad_norm") or 0]
+    texts, numbers = [line["kind"]], [line["epoch"], line.get("step", 0), line.get("grad_norm") or 0]
     if line["kind"] == "eval":
+        texts.append(line["prompt_sum"])
         numbers += [value or 0 for values in line["scores"].values() for value in values]
-    if not (isinstance(line["kind"], str) and all(isinstance(number, int | float) for number in numbers)):
+    if not (all(isinstance(text, str) for text in texts) and all(isinstance(number, int | float) for number in numbers)):
         raise ValueError("not a line of this log")
 
 

@@ -25,9 +25,13 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """The text under this name; until all of it is on the disk, whatever was there before."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.rename(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # makes room on a full disk
+        raise
     sync(path.parent)
 
 

@@ -1,6 +1,7 @@
 """Before the first epoch: does the largest micro-batch fit on the GPU beside all that a run holds."""
 
 import dataclasses
+import math
 
 import torch
 
@@ -28,9 +29,30 @@ def fitting_plan(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPla
         )
         job.print(smaller.describe())
         plan = smaller
+        torch.cuda.reset_peak_memory_stats(job.device)  # that of a trial that failed says nothing
         if model.compiled_rows is not None:
             model.compiled_rows = plan.train_batch
     return plan
+
+
+def expected_memory(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPlan) -> str:
+    """One line about the memory of a process: on a GPU what was measured up to the trial, and what an epoch's trajectories take."""
+    held = trajectory_bytes(config, model, plan)
+    if job.device.type == "cpu":
+        return f"memory: {held / 2**20:,.1f} MiB a process for an epoch's trajectories, beside the models"
+    total = torch.cuda.get_device_properties(job.device).total_memory / 2**30
+    peak = job.max(torch.cuda.max_memory_allocated(job.device)) / 2**30
+    where = "host" if trajectory_storage(config, job.device).type == "cpu" else "GPU"
+    return (
+        f"memory: at most {peak:.1f} of the GPU's {total:.1f} GiB so far, a trial of the largest micro-batches included, decoding and "
+        f"scoring not; {held / 2**30:.1f} GiB of {where} memory for an epoch's trajectories"
+    )
+
+
+def trajectory_bytes(config: TrainConfig, model: FlowModel, plan: BatchPlan) -> int:
+    """Bytes of the latents and velocities that the process with the largest share keeps in an epoch."""
+    numbers = config.sample.num_solver_steps * math.prod(model.latent_shape(config.sample.resolution))
+    return 2 * 2 * max(plan.pairs) * numbers * model.compute_type.itemsize
 
 
 def with_largest(config: TrainConfig, largest: int) -> TrainConfig:

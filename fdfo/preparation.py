@@ -14,6 +14,7 @@ from fdfo.health import Health
 from fdfo.heldout import HeldOut, PromptSplit, prepare_held_out, split_prompts
 from fdfo.logger import RunLog, check_writable, claim, create_run_folder, read_log, reopen_run_folder
 from fdfo.lora_file import check_plain
+from fdfo.manifest import text_sum
 from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_batches
 from fdfo.training_state import Progress, check_resume, load_training_state
@@ -61,9 +62,12 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
     for metric in metrics:
         check_scorer_name(metric)
     resumed = checkpoint is not None and checkpoint.resumable
-    check_writable(checkpoint.run if resumed else config.runs_dir)
+    own = checkpoint.run if resumed else started
+    check_writable(own or config.runs_dir)
     if resumed:
         check_resume(config, saved_config(checkpoint))
+    if own is not None:
+        job.on_main(lambda: check_same_prompts(own, split.held_out))
     model = load_model(job, config, checkpoint)
     compile_seconds = accelerate(job, config, plan, model)
     optimizer = make_optimizer(model, config)
@@ -89,20 +93,8 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
     log = RunLog(folder, config, progress.epochs, len(progress.steps), job.is_main)
     health = Health(config.precision, log.gradient_norms)
     return Run(
-        folder,
-        log,
-        plan,
-        split.training,
-        model,
-        reward,
-        optimizer,
-        scale,
-        progress,
-        progress.epochs,
-        health,
-        held_out,
-        compile_seconds,
-    )
+        folder, log, plan, split.training, model, reward, optimizer, scale, progress, progress.epochs, health, held_out, compile_seconds,
+    )  # fmt: skip
 
 
 def waiting_scorers(config: TrainConfig, weights: Collection[str], metrics: Collection[str]) -> set[str]:
@@ -119,8 +111,25 @@ def complete(job: Job, config: TrainConfig, split: PromptSplit, checkpoint: Chec
     """Whether the run to resume has nothing left to do, its last evaluation included."""
     if progress.epochs < config.num_epochs:
         return False
-    lines = job.on_main(lambda: read_log(checkpoint.run / "training_log.jsonl"))
-    return not split.held_out or any(line["kind"] == "eval" and line["epoch"] == progress.epochs for line in lines)
+    lines = job.on_main(lambda: evaluation_lines(checkpoint.run))
+    return not split.held_out or any(line["epoch"] == progress.epochs for line in lines)
+
+
+def evaluation_lines(run: Path) -> list[dict]:
+    """What the log of a run to resume says of its evaluations."""
+    path = run / "training_log.jsonl"
+    return [line for line in read_log(path) if line["kind"] == "eval"] if path.exists() else []
+
+
+def check_same_prompts(run: Path, held_out: list[str]) -> None:
+    """Raises UserError where the run was evaluated on other prompts, since evaluations are compared prompt by prompt."""
+    now = text_sum(held_out)
+    for line in evaluation_lines(run):
+        if line["prompt_sum"] != now:
+            raise UserError(
+                f"The held-out prompts are not those on which {run} was evaluated after epoch {line['epoch']}: restore the prompt "
+                "file, or start a new run."
+            )
 
 
 def open_folder(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, started: Path | None, progress: Progress) -> Path:

@@ -1,8 +1,12 @@
 """What an evaluation leaves in the run folder: its line of the log, its sample sheet, the link to the best checkpoint, the report."""
 
+from pathlib import Path
+
 import torch
 
+from fdfo.checkpoint import all_checkpoints, position
 from fdfo.config import TrainConfig
+from fdfo.manifest import text_sum
 from fdfo.preparation import Run
 from fdfo.report import write_report
 from fdfo.results import summarise
@@ -24,9 +28,10 @@ def record(config: TrainConfig, run: Run, evaluation: Evaluation, pictures: torc
     diversities = [name for name in held_out.metrics if name in SET_SCORERS]
     warnings = hacking_signs(evaluations, held_out.metrics, diversities, config.eval_least_diversity)
     summaries = {name: summarise([[value] for value in values]) for name, values in evaluation.scores.items()}
-    best = best_epoch(evaluations, held_out.metrics)
+    best = best_epoch(evaluations, held_out.metrics, saved_epochs(run.folder))
     run.log.write(
-        "eval", epoch, prompts=len(held_out.prompts), repeats=held_out.repeats, held_out=list(held_out.metrics), scores=evaluation.scores,
+        "eval", epoch, prompts=len(held_out.prompts), prompt_sum=text_sum(held_out.prompts), repeats=held_out.repeats,
+        held_out=list(held_out.metrics), scores=evaluation.scores,
         means={name: summary.mean for name, summary in summaries.items()},
         standard_errors={name: summary.standard_error for name, summary in summaries.items()},
         best=best, warnings=warnings, seconds=seconds,
@@ -39,4 +44,9 @@ def record(config: TrainConfig, run: Run, evaluation: Evaluation, pictures: torc
 def best_of(run: Run) -> int | None:
     """The best epoch by the evaluations in the log."""
     metrics = () if run.held_out is None else run.held_out.metrics
-    return best_epoch([evaluation_of(line) for line in run.log.evaluations], metrics)
+    return best_epoch([evaluation_of(line) for line in run.log.evaluations], metrics, saved_epochs(run.folder))
+
+
+def saved_epochs(run: Path) -> set[int]:
+    """The whole epochs after which a run has a checkpoint."""
+    return {epochs for epochs, steps in map(position, all_checkpoints(run)) if steps == 0}

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 
 from fdfo.results import standard_error
@@ -54,13 +54,14 @@ def hacking_signs(
 ) -> list[str]:
     """One sentence for every sign, at the newest of these evaluations, that the reward is gained at another score's cost.
 
-    held_out: names not trained on; diversities: those of them that measure diversity. Evaluations are in the order of epochs.
+    held_out: names not trained on; diversities: those of them that measure diversity, which falls a little in healthy runs too and
+    so has a limit of its own. Evaluations are in the order of epochs.
     """
     signs = []
     recent = evaluations[-EVALUATIONS_RUNNING - 1 :]
     steps = list(zip(recent[:-1], recent[1:], strict=True))
     if len(steps) == EVALUATIONS_RUNNING and all(change(REWARD, *step).difference > 0 for step in steps):
-        for name in held_out:
+        for name in (name for name in held_out if name not in diversities):
             if all(change(name, *step).difference < -change(name, *step).error for step in steps):
                 whole = change(name, recent[0], recent[-1])
                 signs.append(
@@ -78,20 +79,28 @@ def hacking_signs(
 
 
 def quality(start: Evaluation, evaluation: Evaluation, held_out: Collection[str]) -> float:
-    """Mean over the held-out metrics of the rise since the start, in units of the metric's spread over the prompts there."""
+    """Mean over the held-out metrics of the rise since the start, in units of the metric's spread over the prompts there.
+
+    A metric without a spread at the start, or without a score in common with it, counts as unchanged.
+    """
     rises = []
     for name in held_out:
-        spread = statistics.stdev(value for value in start.scores[name] if math.isfinite(value))
-        rises.append(change(name, start, evaluation).difference / spread if spread > 0 else 0.0)
+        known = [value for value in start.scores[name] if math.isfinite(value)]
+        spread, rise = statistics.stdev(known) if len(known) > 1 else 0.0, change(name, start, evaluation)
+        rises.append(rise.difference / spread if spread > 0 and rise.count > 0 else 0.0)
     return sum(rises) / len(rises)
 
 
-def best_epoch(evaluations: Sequence[Evaluation], held_out: Collection[str]) -> int | None:
-    """The epoch of the best checkpoint by quality(), the earlier of equals; None where none is better than the start."""
+def best_epoch(evaluations: Sequence[Evaluation], held_out: Collection[str], saved: Container[int]) -> int | None:
+    """The epoch of the best checkpoint by quality(), the earlier of equals; None where none is better than the start.
+
+    saved: epochs whose checkpoint is there. A run that goes on from an earlier checkpoint, or with other evaluations, may have
+    lost the one that would be the best of those that count now.
+    """
     if not held_out or len(evaluations) < 2:
         return None
     best, epoch = 0.0, None
-    for evaluation in evaluations[1:]:
+    for evaluation in (one for one in evaluations[1:] if one.epoch in saved):
         if (value := quality(evaluations[0], evaluation, held_out)) > best:
             best, epoch = value, evaluation.epoch
     return epoch

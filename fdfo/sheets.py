@@ -1,5 +1,8 @@
 """Sheets of pictures with their captions."""
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fdfo.config import UserError
 
 BETTER = "#2a9d4a"  # frame of a pair's better picture
+MOST_LINES = 12  # of a caption
 
 
 def to_image(picture: torch.Tensor, size: int | None = None) -> Image.Image:
@@ -17,22 +21,42 @@ def to_image(picture: torch.Tensor, size: int | None = None) -> Image.Image:
     return image if size is None else image.resize((size, size * image.height // image.width), Image.Resampling.NEAREST)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def caption(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The text's first MOST_LINES lines, with an ellipsis where there are more: a JPEG has at most 65,500 rows."""
+    lines = list(itertools.islice(wrap(text, font, width), MOST_LINES + 1))
+    if len(lines) <= MOST_LINES:
+        return lines
+    last = lines[MOST_LINES - 1]
+    while last and font.getlength(f"{last}…") > width:
+        last = last[:-1]
+    return [*lines[: MOST_LINES - 1], f"{last}…"]
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
     """Lines of at most that many pixels, broken at words, and inside a word that is longer than a line."""
-    lines, line = [], ""
+    line = ""
     for word in text.split():
-        while font.getlength(word) > width:
-            cut = next((i for i in range(len(word) - 1, 0, -1) if font.getlength(word[:i]) <= width), 1)
-            lines += [line] if line else []
-            lines.append(word[:cut])
+        while (cut := fitting(word, font, width)) < len(word):
+            if line:
+                yield line
+            yield word[:cut]
             word, line = word[cut:], ""
         longer = f"{line} {word}".strip()
         if font.getlength(longer) > width:
-            lines.append(line)
+            yield line
             line = word
         else:
             line = longer
-    return [*lines, line] if line else lines
+    if line:
+        yield line
+
+
+def fitting(word: str, font: ImageFont.FreeTypeFont, width: int) -> int:
+    """How many of a word's first characters fit into that many pixels; 1 at least."""
+    count = 1
+    while count < len(word) and font.getlength(word[: count + 1]) <= width:
+        count += 1
+    return count
 
 
 def grid_sheet(prompts: list[str], pictures: torch.Tensor, columns: int, cols: int, rows: int) -> Image.Image:
@@ -46,7 +70,7 @@ def grid_sheet(prompts: list[str], pictures: torch.Tensor, columns: int, cols: i
     seam = 2  # between pictures of one prompt
     font = ImageFont.load_default(max(12, cell_h // 22))
     line = int(font.size * 1.35)
-    captions = [wrap(prompt, font, cols * (cell_w + seam)) for prompt in prompts]
+    captions = [caption(prompt, font, cols * (cell_w + seam)) for prompt in prompts]
     text_height = line * max(map(len, captions)) + gap
     block_w, block_h = cols * (cell_w + seam) + gap, rows * (cell_h + seam) + text_height + gap
     down = -(-len(prompts) // columns)  # prompts a column
@@ -75,11 +99,12 @@ def pair_sheet(pairs: list[ShownPair], columns: int = 4, size: int = 160) -> Ima
     """Pairs with the two rewards under their pictures: the better one of a pair framed, the sheet's best and worst named."""
     font, gap, frame = ImageFont.load_default(13), 10, 4
     line, block_w = 18, 2 * (size + gap) + gap
-    captions = [wrap(pair.prompt, font, block_w - 2 * gap) for pair in pairs]
+    captions = [caption(pair.prompt, font, block_w - 2 * gap) for pair in pairs]
     block_h = size + 2 * gap + line * (1 + max(map(len, captions)))
     sheet = Image.new("RGB", (min(columns, len(pairs)) * block_w, -(-len(pairs) // columns) * block_h + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    rewards = [reward for pair in pairs for reward in pair.rewards]
+    rewards = [reward for pair in pairs for reward in pair.rewards if math.isfinite(reward)]
+    best, worst = max(rewards, default=math.nan), min(rewards, default=math.nan)
     for k, (pair, lines) in enumerate(zip(pairs, captions, strict=True)):
         left, top = k % columns * block_w + gap, k // columns * block_h + gap
         for i, (picture, reward) in enumerate(zip(pair.pictures, pair.rewards, strict=True)):
@@ -87,7 +112,7 @@ def pair_sheet(pairs: list[ShownPair], columns: int = 4, size: int = 160) -> Ima
             if reward == max(pair.rewards) > min(pair.rewards):
                 draw.rectangle((x - frame, top - frame, x + size + frame - 1, top + size + frame - 1), fill=BETTER)
             sheet.paste(to_image(picture, size).crop((0, 0, size, size)), (x, top))
-            name = " best" if reward == max(rewards) else " worst" if reward == min(rewards) else ""
+            name = "" if best == worst else " best" if reward == best else " worst" if reward == worst else ""
             draw.text((x, top + size + frame), f"{reward:.4g}{name}", fill="black", font=font)
         for i, text in enumerate(lines):
             draw.text((left, top + size + frame + line * (i + 1)), text, fill="black", font=font)

@@ -39,7 +39,8 @@ def train(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, started:
     run = prepare(job, config, checkpoint, started)
     job.on_main(lambda: point_to_best(run.folder, best_of(run)))
     facts = {"processes": job.world_size, "device": str(job.device), "compile_seconds": run.compile_seconds}
-    facts |= {"command": command(job), "versions": versions(), "scorers": describe(run.reward.scorers)}
+    scorers = run.reward.scorers if run.held_out is None else run.held_out.scorers
+    facts |= {"command": command(job), "versions": versions(), "scorers": describe(scorers)}
     run.log.write("start", run.progress.epochs, **facts)
     run.plan = fitting_plan(job, config, run.model, run.plan)
     announce(job, config, run)
@@ -80,8 +81,9 @@ def train_epoch(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None
     warnings = report_epoch(job, config, run, stages.clock.read(), experience.differences, experience.one_colour, steps)
     stop = config.strict and bool(warnings)
     due = run.held_out is not None and evaluation_due(config, progress.epochs)
-    if due and job.is_main:
-        save_sheet(pair_sheet(experience.shown), run.folder / "samples" / f"pairs-{progress.epochs:07d}.jpg")
+    if due:
+        path = run.folder / "samples" / f"pairs-{progress.epochs:07d}.jpg"
+        job.on_main(lambda: save_sheet(pair_sheet(experience.shown), path))
     with stages("checkpoint", epoch + 1):  # after the log, so that a checkpoint never lacks its epoch's line
         if progress.epochs % config.save_freq == 0 or progress.epochs == config.num_epochs or due or stop:
             job.on_main(lambda: keep(config, run))

@@ -31,10 +31,12 @@ from fdfo.distributed import run_command_line  # noqa: E402
 EPOCHS = 6
 FLAGS = (
     "--preset", "tiny", "--total-pairs-per-epoch", "6", "--sample.num-solver-steps", "4", "--eval-prompts", "2",
-    "--eval-every", "2",    "--num-epochs", str(EPOCHS), "--save-freq", "1", "--keep-last", "2", "--resume-from", "auto", "--runs-dir",
+    "--eval-every", "2", "--seed", "4", "--num-epochs", str(EPOCHS), "--save-freq", "1", "--keep-last", "2", "--resume-from", "auto",
+    "--runs-dir",
 )  # fmt: skip
 STAGES = {  # function that is on the stack: what the run is doing; the first that matches names it
-    "record": "recording an evaluation", "draw_held_out": "evaluate", "score_held_out": "evaluate", "seal": "sealing a checkpoint", "remove_folder": "deleting a checkpoint", "save_checkpoint": "writing a checkpoint",
+    "record": "recording an evaluation", "draw_held_out": "evaluate", "score_held_out": "evaluate", "seal": "sealing a checkpoint",
+    "remove_folder": "deleting a checkpoint", "save_checkpoint": "writing a checkpoint",
     "create_run_folder": "making the run folder", "reopen_run_folder": "reopening the run folder", "read_state": "reading a checkpoint",
     "encode_prompts": "encode", "sample_share": "sample", "decode": "decode", "score_share": "reward", "optimizer_step": "update",
     "report_epoch": "report", "prepare": "loading",

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_stopping.py: a run stopped in four stages, by a signal to one rank, has the adapter of a straight one.
+"""Run under torchrun by test_stopping.py: a run stopped in five stages, by a signal to one rank, has the adapter of a straight one.
 
 torchrun --nproc_per_node=2 tests/stop_probe.py RUNS_DIR
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from signal_inside import signal_inside
+from test_training import comparable, log_of
 
 from fdfo.checkpoint import all_checkpoints, find_checkpoint
 from fdfo.config import PRESETS, SampleConfig
@@ -19,13 +20,19 @@ from fdfo.distributed import start_job
 from fdfo.preemption import Stopped
 from fdfo.trainer import train
 
-STAGES = {"sample_share": 0, "score_share": 1, "reduce_gradient": 1, "save_checkpoint": 0}  # and the rank to be sent it
+STAGES = {
+    "sample_share": 0,
+    "score_share": 1,
+    "reduce_gradient": 1,
+    "save_checkpoint": 0,
+    "draw_held_out": 1,
+}  # and the rank to be sent it
 
 
 def main(runs_dir: Path) -> None:
     config = dataclasses.replace(
         PRESETS["tiny"], sample=SampleConfig(num_solver_steps=4, resolution=64), total_pairs_per_epoch=3, num_epochs=6, save_freq=1,
-        eval_prompts=0, runs_dir=runs_dir / "straight",
+        eval_prompts=2, eval_every=5, runs_dir=runs_dir / "straight",
     )  # fmt: skip
     with start_job() as job:
         straight = train(job, config, None).folder
@@ -48,7 +55,9 @@ def main(runs_dir: Path) -> None:
             load_file(folder / "checkpoints" / "epoch-0000006" / "adapter_model.safetensors") for folder in (straight, run)
         )
         assert all(torch.equal(one[name], two[name]) for name in one)
-        job.print("the same adapter")
+        if job.is_main:
+            assert [line["epoch"] for line in log_of(run, "eval")] == [0, 5, 6] and comparable(run) == comparable(straight)
+        job.print("the same adapter and log")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def test_captions_are_wrapped_and_long_words_cut():
 
     font = ImageFont.load_default(13)
     for text in ("one two three " * 20, "x" * 500, "", "short"):
-        lines = wrap(text, font, 100)
+        lines = list(wrap(text, font, 100))
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
         assert all(font.getlength(line) <= 100 for line in lines)
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fdfo.acceleration import PinnedWeights
 from fdfo.config import PRESETS, SampleConfig, TrainConfig
 from fdfo.distributed import Job
 from fdfo.logger import StageClock
-from fdfo.memory import fits, fitting_plan
+from fdfo.memory import expected_memory, fits, fitting_plan
 from fdfo.model import FlowModel
 from fdfo.plan import plan_batches
 from fdfo.preparation import Run, prepare
@@ -94,6 +95,8 @@ def test_micro_batches_that_do_not_fit_are_made_smaller_and_the_numbers_stay(tmp
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert plan.train_batch < run.plan.train_batch and (plan.samples, plan.pairs) == (run.plan.samples, run.plan.pairs)
     assert "going on as with --max-batch-size" in capsys.readouterr().out
+    told = expected_memory(job, config, run.model, plan)
+    assert re.match(r"memory: at most \d+\.\d of the GPU's \d+\.\d GiB so far", told), told
     assert all(parameter.grad is None for parameter in run.model.trainable())
 
 

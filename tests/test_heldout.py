@@ -191,17 +191,19 @@ def test_signs_of_hacking():
     assert not signs(start, falls[0], of(2, reward=3, clip=28.99, diversity=20))  # within the standard error
     assert not signs(start, falls[0], of(2, reward=1.5, clip=28, diversity=20))  # the reward falls too
     assert signs(start, of(1, reward=2, clip=31, diversity=20), *(of(e, reward=e, clip=33 - e, diversity=20) for e in (3, 4, 5)))
+    assert not signs(start, *(of(e, reward=e, clip=30 + e, diversity=20 - e) for e in (1, 2, 3)))  # has a limit of its own
     (sign,) = signs(start, of(1, reward=2, clip=31, diversity=13))
     assert sign.startswith("diversity is down to 65% of epoch 0")
 
 
 def test_best_checkpoint():
     start = of(0, clip=30, diversity=20)
-    assert best_epoch([start], ["clip"]) is None
-    assert best_epoch([start, of(5, clip=29, diversity=20)], ["clip"]) is None  # the start is better
+    saved = {5, 10}
+    assert best_epoch([start], ["clip"], saved) is None
+    assert best_epoch([start, of(5, clip=29, diversity=20)], ["clip"], saved) is None  # the start is better
     rising = [start, of(5, clip=32, diversity=20), of(10, clip=33, diversity=16)]
-    assert best_epoch(rising, ["clip"]) == 10 and best_epoch(rising, ["clip", "diversity"]) == 5
-    assert best_epoch(rising, []) is None
+    assert best_epoch(rising, ["clip"], saved) == 10 and best_epoch(rising, ["clip", "diversity"], saved) == 5
+    assert best_epoch(rising, ["clip"], {5}) == 5 and best_epoch(rising, [], saved) is None
 
 
 def test_prompts_without_a_score_are_left_out():

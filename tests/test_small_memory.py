@@ -16,10 +16,10 @@ from fdfo.checkpoint import find_checkpoint, find_own_run
 from fdfo.command_line import parse_train_config
 from fdfo.config import PRESETS, SampleConfig, TrainConfig, UserError
 from fdfo.distributed import Job
-from fdfo.memory import fits
+from fdfo.memory import expected_memory, fits, trajectory_bytes
 from fdfo.model import FlowModel
 from fdfo.plan import plan_batches
-from fdfo.rollout import trajectory_storage
+from fdfo.rollout import encode_prompts, sample_share, trajectory_storage
 from fdfo.trainer import train
 from rewards import build_scorer
 from rewards.offload import Offload
@@ -181,3 +181,13 @@ def test_the_preset_learns_as_the_default_does():
 def test_the_preset_says_that_it_needs_a_gpu(run_cli):
     code, _, err = run_cli("train", "--preset", "sd35-medium-24gb", "--prompt-set", "showcase")
     assert code == 2 and "There is no GPU here" in err
+
+
+def test_the_summary_tells_what_the_trajectories_take(job: Job, tmp_path: Path, tiny: FlowModel):
+    config = small(tmp_path)
+    plan, prompts = plan_batches(config, 1), ["a red ring on a blue background"] * 6
+    rollout = sample_share(tiny, config, plan, 0, range(6), prompts, *encode_prompts(tiny, prompts, config))
+    held = rollout.xs.nbytes + rollout.velocities.nbytes
+    assert trajectory_bytes(config, tiny, plan) == held
+    text = expected_memory(job, config, tiny, plan)
+    assert text == f"memory: {held / 2**20:.1f} MiB a process for an epoch's trajectories, beside the models"

@@ -93,7 +93,7 @@ def test_each_step_of_an_epoch_can_be_the_last(job: Job, tmp_path: Path, straigh
 def test_two_processes_stop_together_and_go_on_to_the_bit(tmp_path: Path):
     done = torchrun(2, ROOT / "tests" / "stop_probe.py", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("stopped in") == 4 and "the same adapter" in done.stdout
+    assert done.stdout.count("stopped in") == 5 and "the same adapter and log" in done.stdout
 
 
 def test_two_processes_go_on_as_one_and_then_as_three(tmp_path: Path, run_cli, monkeypatch: pytest.MonkeyPatch):
