@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fdfo.command_line import parse_metrics_config
-from fdfo.config import MetricsConfig, UserError, config_to_dict
+from fdfo.config import MetricsConfig, UserError
+from fdfo.config_file import config_to_dict
 from fdfo.distributed import Job, run_command_line, start_job
 from fdfo.logger import StageClock, peak_memory_gib, versions
 from fdfo.prompts import choose_prompts, load_prompts

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fdfo.command_line import check_train_config
-from fdfo.config import TrainConfig, UserError, config_from_json
+from fdfo.config import TrainConfig, UserError
+from fdfo.config_file import config_from_json
 from fdfo.hub import ADAPTER, check_adapter_files, download_folder
 from fdfo.lora_file import LORA_FILE
 from fdfo.manifest import LARGEST_JSON, is_file, is_folder, read_bounded, sealed_state

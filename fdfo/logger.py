@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from fdfo.checkpoint import all_checkpoints, position
-from fdfo.config import TrainConfig, UserError, config_to_dict, config_to_json
+from fdfo.config import TrainConfig, UserError
+from fdfo.config_file import config_to_dict, config_to_json
 from fdfo.distributed import Job
 from fdfo.manifest import whole_folder, write_whole
 

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from fdfo.command_line import parse_report_config
-from fdfo.config import PRESETS, UserError, config_to_dict
+from fdfo.config import PRESETS, UserError
+from fdfo.config_file import config_to_dict
 from fdfo.distributed import run_command_line
 from fdfo.manifest import is_file, is_folder, read_json, write_whole
 

@@ -21,7 +21,8 @@ from fdfo.checkpoint import (
     position,
     read_state,
 )
-from fdfo.config import TrainConfig, UserError, config_to_dict
+from fdfo.config import TrainConfig, UserError
+from fdfo.config_file import config_to_dict
 from fdfo.hub import ADAPTER
 from fdfo.lora_file import scaled_lora, write_lora
 from fdfo.manifest import remove_folder, seal, text_sum, whole_folder

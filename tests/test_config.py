@@ -11,9 +11,8 @@ from fdfo.config import (
     SampleConfig,
     TrainConfig,
     UserError,
-    config_from_json,
-    config_to_json,
 )
+from fdfo.config_file import config_from_json, config_to_json
 from fdfo.plan import plan_batches, plan_churn
 from fdfo.prompts import epoch_prompts, load_prompts
 from fdfo.tiny.scenes import is_held_out, parse_caption, tiny_prompt_sets

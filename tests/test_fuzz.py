@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fdfo.adapter import read_adapter_config
 from fdfo.checkpoint import find_checkpoint, read_config
 from fdfo.command_line import parse_train_config
-from fdfo.config import PRESETS, GenerateConfig, TrainConfig, UserError, config_to_dict
+from fdfo.config import PRESETS, GenerateConfig, TrainConfig, UserError
+from fdfo.config_file import config_to_dict
 from fdfo.hub import ADAPTER, check_adapter_files, download_folder
 from fdfo.model_card import Origin, model_card
 from fdfo.plan import plan_batches, plan_pictures

@@ -15,7 +15,8 @@ from conftest import TINY_RUN
 from PIL import Image
 
 from fdfo import report
-from fdfo.config import PRESETS, UserError, config_to_json
+from fdfo.config import PRESETS, UserError
+from fdfo.config_file import config_to_json
 from fdfo.report import sheets, spread, write_comparison, write_report
 
 HOSTILE = "</script><img src=http://canary.invalid/a.png onerror=alert(1)> & \u2028 {{data.json}}"

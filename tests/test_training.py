@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from fdfo.checkpoint import find_checkpoint
-from fdfo.config import PRESETS, ChurnConfig, OptimConfig, SampleConfig, TrainConfig, UserError, config_from_json
+from fdfo.config import PRESETS, ChurnConfig, OptimConfig, SampleConfig, TrainConfig, UserError
+from fdfo.config_file import config_from_json
 from fdfo.distributed import Job
 from fdfo.logger import RunLog
 from fdfo.preparation import Run, prepare
