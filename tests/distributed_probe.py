@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fdfo.config import PRESETS, SampleConfig
-from fdfo.distributed import start_job
+from fdfo.distributed import run_command_line, start_job
 from fdfo.preparation import prepare
 from fdfo.prompts import epoch_prompts
 from fdfo.rollout import FIRST_CHURN, START, encode_prompts, pair_gammas, sample_share, score_share, standard_normal
@@ -57,4 +57,4 @@ def main(out: str, runs_dir: str, pairs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    run_command_line(lambda: main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -16,7 +16,7 @@ from test_training import comparable, log_of
 
 from fdfo.checkpoint import all_checkpoints, find_checkpoint
 from fdfo.config import PRESETS, SampleConfig
-from fdfo.distributed import start_job
+from fdfo.distributed import run_command_line, start_job
 from fdfo.preemption import Stopped
 from fdfo.trainer import train
 
@@ -61,4 +61,4 @@ def main(runs_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_command_line(lambda: main(Path(sys.argv[1])))
