@@ -9,7 +9,7 @@ from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.evaluation import PictureSet, score_pictures
 from fdfo.hub import fetch_prompt_set
-from fdfo.model import FlowModel, TextEmbeddings
+from fdfo.model import FlowModel, TextEmbeddings, quantised
 from fdfo.plan import BatchPlan
 from fdfo.prompts import hold_out, load_prompts
 from fdfo.results import prompt_means
@@ -113,8 +113,7 @@ def draw_held_out(
             level = torch.full((len(x),), sigma, device=x.device)
             return model.velocity(x, level, text, empty, config.sample.guidance_scale)
 
-        images = model.decode(sample_flow(velocity, noise, sigmas))
-        pictures.append((255 * images).round().to(torch.uint8).cpu())
+        pictures.append(quantised(model.decode(sample_flow(velocity, noise, sigmas))))
     return torch.cat(pictures)
 
 

@@ -218,9 +218,9 @@ class StageClock:
         return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def progress_bar(job: Job, total: int, what: str) -> tqdm:
-    """Rank 0's share of the work with the time left; nothing where the output is no terminal."""
-    return tqdm(total=total, desc=what, unit="picture", disable=None if job.is_main else True)
+def progress_bar(job: Job, total: int, what: str, unit: str = "picture", leave: bool = True) -> tqdm:
+    """Rank 0's share of the work with the time left; nothing where the output is no terminal, or for a total of 0."""
+    return tqdm(total=total, desc=what, unit=unit, leave=leave, disable=None if job.is_main and total else True)
 
 
 def versions() -> dict[str, str]:

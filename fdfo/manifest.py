@@ -24,9 +24,16 @@ def sync(path: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """The text under this name; until all of it is on the disk, whatever was there before."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write. It gets its name once all of it is on the disk; until then there is whatever was there before."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         sync(partial)
         partial.rename(path)
     except OSError:

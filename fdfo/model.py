@@ -21,6 +21,11 @@ PICTURE_TEXT_LENGTH = 256  # T5 tokens for evaluation pictures
 DECODE_BATCH = 8  # pictures; on a CPU larger batches fall out of its caches and take twice as long
 
 
+def quantised(images: torch.Tensor) -> torch.Tensor:
+    """Pictures in [0, 1] as files and evaluations have them: uint8 on the CPU, of the same shape."""
+    return (255 * images.float()).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
 @dataclass(frozen=True)
 class TextEmbeddings:
     """Encoded prompts, one a row."""

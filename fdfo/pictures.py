@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fdfo.config import UserError
-from fdfo.model import PICTURE_TEXT_LENGTH, FlowModel, TextEmbeddings
+from fdfo.model import PICTURE_TEXT_LENGTH, FlowModel, TextEmbeddings, quantised
 from fdfo.plan import PicturePlan, PictureSettings
 
 
@@ -74,4 +74,4 @@ def draw_pictures(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[i : i + settings.batch_size]],
                 output_type="pt",
             ).images
-        yield (255 * images.float()).round().clamp(0, 255).to(torch.uint8).cpu()
+        yield quantised(images)

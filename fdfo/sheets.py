@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fdfo.config import UserError
+from fdfo.manifest import whole_file
 
 BETTER = "#2a9d4a"  # frame of a pair's better picture
 MOST_LINES = 12  # of a caption
@@ -121,10 +122,9 @@ def pair_sheet(pairs: list[ShownPair], columns: int = 4, size: int = 160) -> Ima
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Writes a sheet of a run, whole or not at all. Raises UserError."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(exist_ok=True)
-        sheet.save(partial, format="JPEG", quality=90)
-        partial.rename(path)
+        with whole_file(path) as partial:
+            sheet.save(partial, format="JPEG", quality=90)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): make room, then resume.") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from fdfo.distributed import Job
-from fdfo.logger import StageClock
+from fdfo.logger import StageClock, progress_bar
 from fdfo.preemption import Guard, LeaveStage
 
 PLAIN_SECONDS = 60  # between two lines about a stage where the output is no terminal
@@ -21,7 +21,7 @@ class StageLine:
     def __init__(self, job: Job, place: str, total: int, unit: str):
         """total: 0 for a stage that cannot tell how far it is."""
         self.job, self.place, self.total, self.unit = job, place, total, unit
-        self.bar = tqdm(total=total, desc=place, unit=f" {unit}", leave=False, disable=None if job.is_main and total else True)
+        self.bar = progress_bar(job, total, place, f" {unit}", leave=False)
         self.start = self.told = time.monotonic()
 
     def show(self, done: int) -> None:

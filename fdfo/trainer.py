@@ -15,7 +15,7 @@ from fdfo.health import one_colour
 from fdfo.heldout import draw_held_out, score_held_out
 from fdfo.logger import StageClock, evaluation_due, versions
 from fdfo.memory import fitting_plan
-from fdfo.model import FlowModel
+from fdfo.model import FlowModel, quantised
 from fdfo.preemption import Stopped, guarded
 from fdfo.preparation import Run, prepare
 from fdfo.prompts import epoch_prompts
@@ -66,7 +66,7 @@ class Experience:
     rollout: Rollout
     differences: Differences
     one_colour: torch.Tensor  # [2P], 1 where the picture is of one colour
-    shown: list[ShownPair]
+    shown: list[ShownPair]  # for the sheet of pairs; empty where no evaluation follows the epoch
 
 
 def train_epoch(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None:
@@ -80,7 +80,7 @@ def train_epoch(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None
     steps, progress.steps, progress.epochs = progress.steps, [], epoch + 1
     warnings = report_epoch(job, config, run, stages.clock.read(), experience.differences, experience.one_colour, steps)
     stop = config.strict and bool(warnings)
-    due = run.held_out is not None and evaluation_due(config, progress.epochs)
+    due = evaluated_after(config, run, progress.epochs)
     if due:
         path = run.folder / "samples" / f"pairs-{progress.epochs:07d}.jpg"
         job.on_main(lambda: save_sheet(pair_sheet(experience.shown), path))
@@ -105,13 +105,14 @@ def collect(job: Job, config: TrainConfig, run: Run, stages: Stages) -> Experien
         differences = score_share(rollout, images, run.reward)
     if run.progress.samples == 0:
         check_first_scores(gather_scores(job, differences.scores))
-    return Experience(rollout, differences, one_colour(images), shown_pairs(rollout, differences, images))
+    shown = shown_pairs(rollout, differences, images) if evaluated_after(config, run, epoch + 1) else []
+    return Experience(rollout, differences, one_colour(images), shown)
 
 
 def shown_pairs(rollout: Rollout, differences: Differences, images: torch.Tensor) -> list[ShownPair]:
     """This rank's pairs that differ most in reward, the largest difference first: images [2P, 3, H, W] in [0, 1]."""
     order = differences.dR[::2].abs().argsort(descending=True, stable=True)[:SHOWN_PAIRS].tolist()
-    pictures = (255 * images[[2 * k + i for k in order for i in (0, 1)]]).round().to(torch.uint8).cpu()
+    pictures = quantised(images[[2 * k + i for k in order for i in (0, 1)]])
     rewards = differences.reward.view(-1, 2).tolist()
     return [
         ShownPair(rollout.prompts[k], pictures[2 * i : 2 * i + 2], (rewards[k][0], rewards[k][1])) for i, k in enumerate(order)
@@ -139,10 +140,15 @@ def update(job: Job, config: TrainConfig, run: Run, stages: Stages, experience: 
         run.log.write("step", epoch + 1, step=len(progress.steps), **vars(stats))
 
 
+def evaluated_after(config: TrainConfig, run: Run, epochs: int) -> bool:
+    """Whether the run evaluates after that many epochs."""
+    return run.held_out is not None and evaluation_due(config, epochs)
+
+
 def evaluate(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None:
     """The evaluation on held-out prompts that is due where the run is, unless the log has it already."""
     epoch, held_out = run.progress.epochs, run.held_out
-    if held_out is None or run.progress.steps or not evaluation_due(config, epoch):
+    if run.progress.steps or not evaluated_after(config, run, epoch):
         return
     if job.on_main(lambda: any(line["epoch"] == epoch for line in run.log.evaluations)):
         return
