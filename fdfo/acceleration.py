@@ -49,7 +49,7 @@ def checkpointing(device: torch.device) -> Callable[..., object]:
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
     """Compiles each block by itself: blocks of one kind share their code, so that three or four kernels' sets serve all."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of block x adapter on and off x batch sizes of pictures
+    torch._dynamo.config.recompile_limit = 64  # kinds of block x adapter on and off
     for block in blocks:
         block.compile(dynamic=False)
 

@@ -58,7 +58,6 @@ class FlowModel:
             module.requires_grad_(False).eval()
         self.pipe.vae.to(memory_format=torch.channels_last)
         self.peft = None
-        self.accelerated = False
         self.compiled_rows: int | None = None  # rows of x for which the blocks are compiled
         self.waiting_text: PinnedWeights | None = None
         self.resolution_step = self.pipe.vae_scale_factor * self.pipe.patch_size
@@ -141,7 +140,7 @@ class FlowModel:
         self.pipe.transformer.enable_gradient_checkpointing(checkpointing(self.device))
 
     def accelerate(self, compiled_rows: int | None, resolution: int) -> str | None:
-        """Makes velocity() and decode() fast for training; pictures drawn with this model are autocast from then on.
+        """Makes velocity() and decode() fast for training. The pipeline itself draws nothing more, since weights of several types need autocast.
 
         compiled_rows: rows of x at a time for which the blocks are compiled; None leaves them eager. Returns why nothing
         could be compiled, or None.
@@ -150,7 +149,6 @@ class FlowModel:
         cast_frozen_weights(transformer, self.compute_type)
         cast_frozen_weights(vae, self.compute_type)
         transformer.set_attn_processor(GroupedJointAttention())
-        self.accelerated = True
         if compiled_rows is None:
             return None
         self.compiled_rows = compiled_rows

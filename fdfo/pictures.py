@@ -1,6 +1,5 @@
 """Drawing evaluation pictures with the stock pipeline, without churn (METHOD.md 5)."""
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,17 +60,16 @@ def draw_pictures(
     for i in range(0, len(rows), settings.batch_size):
         batch = text.prompts.rows(list(rows[i : i + settings.batch_size])).to(model.device)
         empty = text.empty.rows([0] * len(batch.tokens)).to(model.device)
-        with model.autocast() if model.accelerated else contextlib.nullcontext():  # weights of several types need autocast
-            images = model.pipe(
-                prompt_embeds=batch.tokens,
-                pooled_prompt_embeds=batch.pooled,
-                negative_prompt_embeds=empty.tokens,
-                negative_pooled_prompt_embeds=empty.pooled,
-                width=settings.width,
-                height=settings.height,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[i : i + settings.batch_size]],
-                output_type="pt",
-            ).images
+        images = model.pipe(
+            prompt_embeds=batch.tokens,
+            pooled_prompt_embeds=batch.pooled,
+            negative_prompt_embeds=empty.tokens,
+            negative_pooled_prompt_embeds=empty.pooled,
+            width=settings.width,
+            height=settings.height,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[i : i + settings.batch_size]],
+            output_type="pt",
+        ).images
         yield quantised(images)
