@@ -18,17 +18,19 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B):
-        xa = x @ A.T  # [..., r]
-        ctx.save_for_backward(x, xa, weight, A, B)
-        return F.linear(torch.cat([x, xa], dim=-1), torch.cat([weight, B], dim=1), bias)
+        both = torch.cat([x, x @ A.T], dim=-1)  # [..., K + r]
+        ctx.save_for_backward(both, weight, A, B)
+        return F.linear(both, torch.cat([weight, B], dim=1), bias)
 
     @staticmethod
     def backward(ctx, dy):
-        x, xa, weight, A, B = ctx.saved_tensors
-        dx, dxa = (dy @ torch.cat([weight, B], dim=1)).split([x.shape[-1], A.shape[0]], dim=-1)
+        both, weight, A, B = ctx.saved_tensors
+        sizes = [A.shape[1], A.shape[0]]
+        dx, dxa = (dy @ torch.cat([weight, B], dim=1)).split(sizes, dim=-1)
         dx = dx + dxa @ A
-        dA = dxa.flatten(0, -2).T @ x.flatten(0, -2)
-        dB = dy.flatten(0, -2).T @ xa.flatten(0, -2)
+        x, xa = both.flatten(0, -2).split(sizes, dim=-1)
+        dA = dxa.flatten(0, -2).T @ x
+        dB = dy.flatten(0, -2).T @ xa
         return dx, None, None, dA, dB
 
 
@@ -65,10 +67,10 @@ class GroupedJointAttention:
         if encoder_hidden_states is not None:
             layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
             text = self.heads(attn, layers, encoder_hidden_states, attn.norm_added_q, attn.norm_added_k)
-            q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), text, strict=True))
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # [N, H, S + L, D / H]
-        mixed = mixed.transpose(1, 2).flatten(2)  # [N, S + L, D]
+            q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
+        # Heads after tokens in memory: the attention answers in the same order, so that merging the heads copies nothing.
+        q, k, v = (part.transpose(1, 2) for part in (q.to(v.dtype), k.to(v.dtype), v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [N, S + L, D]
         (image,) = grouped_linear([attn.to_out[0]], mixed[:, :pixels])
         if encoder_hidden_states is None:
             return image
@@ -80,6 +82,6 @@ class GroupedJointAttention:
     def heads(
         self, attn: Attention, layers: list[nn.Module], x: torch.Tensor, norm_q: nn.Module | None, norm_k: nn.Module | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of one stream: x [N, S, D] -> [N, H, S, D / H] each, queries and keys normalised."""
-        q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in grouped_linear(layers, x))
+        """Queries, keys and values of one stream: x [N, S, D] -> [N, S, H, D / H] each, queries and keys normalised."""
+        q, k, v = (y.unflatten(-1, (attn.heads, -1)) for y in grouped_linear(layers, x))
         return (q if norm_q is None else norm_q(q)), (k if norm_k is None else norm_k(k)), v

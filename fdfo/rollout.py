@@ -118,7 +118,7 @@ def sample_share(
 
         def noise(step: int, batch: range = batch) -> torch.Tensor:
             draws = [standard_normal((2, *shape), config.seed, epoch, pair, FIRST_CHURN + step) for pair in batch]
-            return torch.cat(draws).to(model.device)  # [2P, C, H, W]
+            return fetch(torch.cat(draws), model.device)  # [2P, C, H, W]
 
         x_init = torch.stack([standard_normal(shape, config.seed, epoch, pair, START) for pair in batch]).to(model.device)
         paths = sample_pairs(velocity, x_init, sigmas, pair_gammas(config, sigmas, epoch, batch), noise)
