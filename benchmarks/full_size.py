@@ -9,7 +9,7 @@ The whole epoch (432 pairs) is 8 times the default 54 pairs. --eager runs the sa
 weights in bfloat16 under autocast, diffusers' attention with PEFT's layers, the library's vision attention, and that loop's
 batch sizes. Both include what is done once an epoch: encoding the prompts, with the text encoders brought from the host.
 
-Two GPUs, and one with the same pairs in all; precision.py says how far apart two gradients are:
+Two GPUs, and one with the same pairs in all; precision.py says how far apart the gradients are, and what they came from:
 
 torchrun --nproc_per_node=2 benchmarks/full_size.py --pairs 27 --gradient two.pt --out two.json
 python benchmarks/full_size.py --pairs 54 --gradient one.pt --out one.json
@@ -45,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import fdfo.trainer  # noqa: E402
 import fdfo.update  # noqa: E402
 import rewards.vlm  # noqa: E402
 from fdfo.adapter import LORA_TARGETS  # noqa: E402
@@ -53,8 +54,9 @@ from fdfo.distributed import Job, run_command_line, start_job  # noqa: E402
 from fdfo.logger import StageClock, versions  # noqa: E402
 from fdfo.model import FlowModel  # noqa: E402
 from fdfo.plan import plan_batches  # noqa: E402
-from fdfo.rollout import trajectory_storage  # noqa: E402
+from fdfo.rollout import Differences, Rollout, trajectory_storage  # noqa: E402
 from fdfo.trainer import train  # noqa: E402
+from rewards import WeightedReward  # noqa: E402
 
 STEPS = 40  # solver steps of a true epoch
 LATENT = 16 * 64 * 64  # numbers in a latent
@@ -79,11 +81,11 @@ class FullSizeConfig:
     reward_preset: str = "combined"
     """scorers of the share"""
     eval_prompts: int = 0
-    """held-out prompts of an evaluation before the epoch and one after it, 15 at most; a rank of 8 has 16"""
+    """held-out prompts of an evaluation before the epoch and one after it; a rank of 8 has 16"""
     shard_vlm: bool = False
     """spread the judge over the processes even where one GPU has room for it"""
     gradient: Path | None = None
-    """file for the gradient of the first optimizer step"""
+    """file for the gradient of the first optimizer step, and for the text, latents and rewards that it came from"""
     out: Path | None = None
     """JSON file for the figures"""
 
@@ -127,7 +129,7 @@ def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainCo
         preset, prompt_set="showcase", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=not config.eager,
         max_batch_size=config.max_batch_size or preset.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
         sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps), eval_prompts=config.eval_prompts,
-        eval_prompt_set="showcase",
+        eval_prompt_set="tiny_heldout",
     )  # fmt: skip
 
 
@@ -176,7 +178,7 @@ def main(config: FullSizeConfig) -> None:
         if config.shard_vlm:
             rewards.vlm.needs_sharding = lambda name, dtype, job: True
         if config.gradient is not None:
-            keep_gradient(config.gradient)
+            keep_first_step(config.gradient)
         with peaks_by_stage() as peaks:
             run = train(job, settings, None)
         del held
@@ -185,17 +187,26 @@ def main(config: FullSizeConfig) -> None:
             report(config, settings, job.world_size, top, peaks, lines)
 
 
-def keep_gradient(path: Path) -> None:
-    """Writes the first gradient that the update sums over the processes into a file, on rank 0."""
-    reduce = fdfo.update.reduce_gradient
+def keep_first_step(path: Path) -> None:
+    """Writes a file, on rank 0: the first gradient that the update sums over the processes, and what it came from on this rank.
+
+    That is, of this rank's pairs: text, final latents, scores and reward differences.
+    """
+    reduce, score, kept = fdfo.update.reduce_gradient, fdfo.trainer.score_share, {}
+
+    def score_and_keep(rollout: Rollout, images: torch.Tensor, reward: WeightedReward) -> Differences:
+        found = score(rollout, images, reward)
+        source = {"text": rollout.text.tokens, "latents": rollout.final, **found.scores, "dR": found.dR}
+        kept.update({name: tensor.float().cpu() for name, tensor in source.items()})
+        return found
 
     def reduce_and_keep(job: Job, parameters: list[torch.nn.Parameter], scale: float) -> None:
         reduce(job, parameters, scale)
         if job.is_main and not path.exists():
-            torch.save(torch.cat([p.grad.flatten() for p in parameters]).cpu(), path)
+            torch.save(kept | {"gradient": torch.cat([p.grad.flatten() for p in parameters]).cpu()}, path)
 
     path.unlink(missing_ok=True)
-    fdfo.update.reduce_gradient = reduce_and_keep
+    fdfo.update.reduce_gradient, fdfo.trainer.score_share = reduce_and_keep, score_and_keep
 
 
 def report(

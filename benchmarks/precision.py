@@ -3,7 +3,7 @@
 python benchmarks/random_hub.py --parts sd35 --out /dev/shm/random_hub
 export HF_HOME=/dev/shm/random_hub HF_HUB_OFFLINE=1
 python benchmarks/precision.py --out precision.json
-python benchmarks/precision.py --compare one.pt two.pt        # relative difference of two gradients of full_size.py
+python benchmarks/precision.py --compare one.pt two.pt        # relative differences of what full_size.py --gradient kept
 
 All models have the same weights, a LoRA whose B is not zero, and the same inputs: latents between noise and noise, at the noise
 levels of a trajectory. The gradient is that of an optimizer step at unchanged weights, each model's own velocity being the one that sampled;
@@ -48,7 +48,7 @@ class PrecisionConfig:
     scales: tuple[float, ...] = (2.0**16, 2.0**20, 2.0**24)
     """loss scales of the half-precision gradients"""
     compare: tuple[Path, ...] = ()
-    """two files of gradients to compare instead"""
+    """two files of full_size.py --gradient to compare instead"""
     out: Path | None = None
     """JSON file for the figures"""
 
@@ -146,7 +146,9 @@ def measure(config: PrecisionConfig, device: torch.device) -> dict:
 def main(config: PrecisionConfig) -> None:
     if config.compare:
         one, two = (torch.load(path, weights_only=True) for path in config.compare)
-        print(f"relative difference of the gradients: {error(two, one):.2e}")
+        for name in one:  # a process of several has the first pairs alone
+            rows = min(len(one[name]), len(two[name]))
+            print(f"relative difference of {name}: {error(two[name][:rows], one[name][:rows]):.2e}")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
