@@ -45,7 +45,7 @@ class PrecisionConfig:
     """samples of the gradient, drawn from those trajectories' steps"""
     reward_spreads: tuple[float, ...] = (0.1, 1.0)
     """standard deviations of the reward within a pair"""
-    scales: tuple[float, ...] = (2.0**16, 2.0**20, 2.0**24)
+    scales: tuple[float, ...] = (2.0**16, 2.0**20, 2.0**24, 2.0**26, 2.0**28)
     """loss scales of the half-precision gradients"""
     compare: tuple[Path, ...] = ()
     """two files of full_size.py --gradient to compare instead"""
