@@ -15,6 +15,8 @@ torchrun --nproc_per_node=2 benchmarks/full_size.py --pairs 27 --gradient two.pt
 python benchmarks/full_size.py --pairs 54 --gradient one.pt --out one.json
 python benchmarks/precision.py --compare one.pt two.pt
 
+With --one-gpu two processes share a GPU, for the gradient where there is no second one; their seconds mean nothing.
+
 The preset for one GPU of 24 GB, all 432 pairs, on a GPU that lets this process have no more than 23 GB:
 
 python benchmarks/random_hub.py --parts sd35 clip vlm --vlm qwenvl-3b --out /dev/shm/random_hub
@@ -28,6 +30,7 @@ update are also given as 40 steps would take. Peaks are by stage; "start" is loa
 import contextlib
 import dataclasses
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -38,6 +41,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import tyro
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
@@ -84,6 +88,8 @@ class FullSizeConfig:
     """held-out prompts of an evaluation before the epoch and one after it; a rank of 8 has 16"""
     shard_vlm: bool = False
     """spread the judge over the processes even where one GPU has room for it"""
+    one_gpu: bool = False
+    """put all processes on the first GPU; they talk over gloo, since NCCL wants a GPU each"""
     gradient: Path | None = None
     """file for the gradient of the first optimizer step, and for the text, latents and rewards that it came from"""
     out: Path | None = None
@@ -126,10 +132,10 @@ def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainCo
     """What train.py is given."""
     preset = PRESETS[config.preset]
     return dataclasses.replace(
-        preset, prompt_set="showcase", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=not config.eager,
+        preset, prompt_set="tiny_heldout", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=not config.eager,
         max_batch_size=config.max_batch_size or preset.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
         sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps), eval_prompts=config.eval_prompts,
-        eval_prompt_set="tiny_heldout",
+        eval_prompt_set="tiny",
     )  # fmt: skip
 
 
@@ -168,6 +174,8 @@ def main(config: FullSizeConfig) -> None:
     if config.eager:
         FlowModel.accelerate = lambda self, compiled_rows, resolution: None
         rewards.vlm.use_varlen_attention = lambda visual, device: None
+    if config.one_gpu:
+        share_first_gpu()
     with start_job() as job, tempfile.TemporaryDirectory() as folder:
         top = {"moment": ceiling(), "sustained": ceiling(seconds=4.0)}
         if config.gpu_gb is not None:
@@ -185,6 +193,13 @@ def main(config: FullSizeConfig) -> None:
         if job.is_main:
             lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
             report(config, settings, job.world_size, top, peaks, lines)
+
+
+def share_first_gpu() -> None:
+    """Lets start_job put every process on the first GPU."""
+    os.environ["LOCAL_RANK"] = "0"
+    initialise = dist.init_process_group
+    dist.init_process_group = lambda backend, **settings: initialise("gloo", **settings)
 
 
 def keep_first_step(path: Path) -> None:

@@ -18,6 +18,7 @@ from fdfo.lora_attention import GroupedJointAttention
 COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TRAINING_TEXT_LENGTH = 128  # T5 tokens in training
 PICTURE_TEXT_LENGTH = 256  # T5 tokens for evaluation pictures
+TEXT_BATCH = 16  # prompts
 DECODE_BATCH = 8  # pictures; on a CPU larger batches fall out of its caches and take twice as long
 
 
@@ -177,20 +178,26 @@ class FlowModel:
         return min(wanted, self.pipe.tokenizer_3.model_max_length)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], text_length: int = TRAINING_TEXT_LENGTH, batch_size: int = 64) -> TextEmbeddings:
-        """Text embeddings of prompts: tokens [N, L, D] and pooled [N, D'], outside autocast."""
+    def encode(self, prompts: Sequence[str], text_length: int = TRAINING_TEXT_LENGTH) -> TextEmbeddings:
+        """Text embeddings of prompts: tokens [N, L, D] and pooled [N, D'], outside autocast.
+
+        On a GPU, whose kernels round differently for other numbers of rows, a batch is filled up with the empty prompt, so that
+        a prompt's embedding does not depend on how many others this process has.
+        """
         tokens, pooled = [], []
-        for i in range(0, len(prompts), batch_size):
+        for i in range(0, len(prompts), TEXT_BATCH):
+            batch = list(prompts[i : i + TEXT_BATCH])
+            filler = [""] * (TEXT_BATCH - len(batch)) if self.device.type == "cuda" else []
             encoded, _, summary, _ = self.pipe.encode_prompt(
-                prompt=list(prompts[i : i + batch_size]),
+                prompt=batch + filler,
                 prompt_2=None,
                 prompt_3=None,
                 device=self.device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.text_length(text_length),
             )
-            tokens.append(encoded)
-            pooled.append(summary)
+            tokens.append(encoded[: len(batch)])
+            pooled.append(summary[: len(batch)])
         return TextEmbeddings(torch.cat(tokens), torch.cat(pooled))
 
     def autocast(self) -> torch.autocast:

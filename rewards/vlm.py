@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from fdfo.acceleration import pad_rows
 from fdfo.config import UserError
 from fdfo.distributed import Job
 from fdfo.hub import hub_errors
@@ -27,6 +28,7 @@ QUESTIONS = {
 }
 TRAINING_SIZE = 504  # side to which the training way resizes pictures, pixels
 MAX_BATCH = 16
+LENGTH_STEP = 256  # tokens of picture, question and caption together; 512 hold a caption of about 150
 
 
 class Vlm:
@@ -60,11 +62,19 @@ class Vlm:
 
     @torch.no_grad()
     def yes_over_no(self, texts: list[str], images: torch.Tensor, rescale: bool, resize: bool) -> torch.Tensor:
-        """logit Yes - logit No at the answer position: texts [N] from dialogue(), images [N, 3, H, W] -> [N] float32."""
+        """logit Yes - logit No at the answer position: texts [N] from dialogue(), images [N, 3, H, W] -> [N] float32.
+
+        N is at most MAX_BATCH. On a GPU, whose kernels round differently for other shapes, the rows and the length are filled
+        up, so that a picture's score does not depend on how many others this process has.
+        """
+        rows, step = len(texts), 1
+        if self.job.device.type == "cuda":
+            texts, images, step = texts + texts[:1] * (MAX_BATCH - rows), pad_rows(images, MAX_BATCH), LENGTH_STEP
         inputs = self.processor(
-            text=texts, images=list(images), padding=True, return_tensors="pt", do_rescale=rescale, do_resize=resize
-        ).to(self.job.device)
-        logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()  # [N, vocabulary]
+            text=texts, images=list(images), padding=True, pad_to_multiple_of=step, return_tensors="pt", do_rescale=rescale,
+            do_resize=resize,
+        ).to(self.job.device)  # fmt: skip
+        logits = self.model(**inputs, logits_to_keep=1).logits[:rows, -1].float()  # [N, vocabulary]
         return logits[:, self.yes] - logits[:, self.no]
 
     def dialogue(self, question: str, prompt: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_qwen import save_tiny_qwen
 
 from fdfo.acceleration import PinnedWeights
 from fdfo.config import PRESETS, SampleConfig, TrainConfig
@@ -21,6 +22,7 @@ from fdfo.rollout import Rollout, encode_prompts, sample_share, score_share
 from fdfo.trainer import train
 from fdfo.update import accumulate_gradient, step_samples
 from rewards.clip import ClipScorer
+from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -98,6 +100,37 @@ def test_micro_batches_that_do_not_fit_are_made_smaller_and_the_numbers_stay(tmp
     told = expected_memory(job, config, run.model, plan)
     assert re.match(r"memory: at most \d+\.\d of the GPU's \d+\.\d GiB so far", told), told
     assert all(parameter.grad is None for parameter in run.model.trainable())
+
+
+def seen_shapes(module: torch.nn.Module) -> set[torch.Size]:
+    """A set that fills with the shapes of the token numbers that the module is called with."""
+    shapes = set()
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.add((kwargs.get("input_ids") if not args else args[0]).shape), with_kwargs=True
+    )
+    return shapes
+
+
+def test_embeddings_do_not_depend_on_how_many_prompts_a_process_has():
+    """To the bit, and the encoders see one shape whatever the number."""
+    model = FlowModel("tiny", "fp16", GPU)
+    model.to_device()
+    shapes = [seen_shapes(encoder) for encoder in (model.pipe.text_encoder, model.pipe.text_encoder_3)]
+    prompts = [f"a red ring on a blue background, {i} of them" for i in range(37)]
+    whole, part = model.encode(prompts), model.encode(prompts[18:])
+    assert torch.equal(whole.tokens[18:], part.tokens) and torch.equal(whole.pooled[18:], part.pooled)
+    assert [len(seen) for seen in shapes] == [1, 1]
+
+
+def test_the_judge_does_not_depend_on_how_many_pictures_a_process_has(tmp_path: Path):
+    """To the bit, though the pictures' neighbours have captions of other lengths."""
+    vlm = Vlm(str(save_tiny_qwen(tmp_path)), Job(0, 1, GPU))
+    shapes = seen_shapes(vlm.model)
+    captions = [f"caption {i} {'word ' * (i % 5)}" for i in range(37)]
+    images = torch.rand(37, 3, 56, 56, generator=torch.Generator().manual_seed(0)).to(GPU)
+    scorer = VlmScorer(vlm, QUESTIONS["vlm_alignment_train"], "training")
+    assert torch.equal(scorer.score(captions, images)[18:], scorer.score(captions[18:], images[18:]))
+    assert len(shapes) == 1
 
 
 LITTLE = dict(gradient_checkpointing=True, offload_scorers=True, offload_trajectories=True, memory_efficient=True)
