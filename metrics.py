@@ -15,7 +15,7 @@ from fdfo.command_line import parse_metrics_config
 from fdfo.config import MetricsConfig, UserError
 from fdfo.config_file import config_to_dict
 from fdfo.distributed import Job, run_command_line, start_job
-from fdfo.logger import StageClock, peak_memory_gib, versions
+from fdfo.meters import StageClock, peak_memory_gib, versions
 from fdfo.prompts import choose_prompts, load_prompts
 from fdfo.results import Result, changes, plot, result_json, table, warnings, write_json
 from rewards import SET_SCORERS, build_scorers, check_prompts, check_scorer_name, describe

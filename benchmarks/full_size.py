@@ -55,7 +55,7 @@ import rewards.vlm  # noqa: E402
 from fdfo.adapter import LORA_TARGETS  # noqa: E402
 from fdfo.config import PRESETS, SD35_MEDIUM, TrainConfig  # noqa: E402
 from fdfo.distributed import Job, run_command_line, start_job  # noqa: E402
-from fdfo.logger import StageClock, versions  # noqa: E402
+from fdfo.meters import StageClock, versions  # noqa: E402
 from fdfo.model import FlowModel  # noqa: E402
 from fdfo.plan import plan_batches  # noqa: E402
 from fdfo.rollout import Differences, Rollout, trajectory_storage  # noqa: E402

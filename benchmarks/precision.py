@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fdfo.config import PRESETS, TrainConfig, UserError  # noqa: E402
 from fdfo.distributed import run_command_line  # noqa: E402
-from fdfo.logger import versions  # noqa: E402
+from fdfo.meters import versions  # noqa: E402
 from fdfo.model import FlowModel  # noqa: E402
 from fdfo.plan import BatchPlan, plan_batches  # noqa: E402
 from fdfo.prompts import load_prompts  # noqa: E402
 from fdfo.rollout import Differences, Rollout  # noqa: E402
-from fdfo.update import accumulate_gradient  # noqa: E402
+from fdfo.update import EpochData, accumulate_gradient  # noqa: E402
 
 STEP_SAMPLES = 8640  # samples of an optimizer step of the default plan
 
@@ -106,7 +106,7 @@ def gradient(
     samples = torch.randperm(n * steps, generator=generator)[:count]
     for parameter in model.trainable():
         parameter.grad = None
-    accumulate_gradient(model, settings, plan, rollout, differences, samples, STEP_SAMPLES, scale)
+    accumulate_gradient(EpochData(model, settings, plan, rollout, differences), samples, STEP_SAMPLES, scale)
     return torch.cat([parameter.grad.flatten().cpu() for parameter in model.trainable()]).double() / scale
 
 

@@ -10,8 +10,8 @@ from fdfo.checkpoint import BEST
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.health import Signs, relative_change
-from fdfo.logger import memory_gib, peak_memory_gib
 from fdfo.memory import expected_memory
+from fdfo.meters import memory_gib, peak_memory_gib
 from fdfo.preparation import Run
 from fdfo.report import write_report
 from fdfo.rollout import Differences, gather_scores

@@ -10,8 +10,8 @@ import torch
 from fdfo.checkpoint import Checkpoint, find_checkpoint, guidance_warning, run_checkpoints, saved_config
 from fdfo.config import MetricsConfig, TrainConfig, UserError
 from fdfo.distributed import Job
-from fdfo.logger import progress_bar
 from fdfo.manifest import is_folder
+from fdfo.meters import progress_bar
 from fdfo.model import FlowModel
 from fdfo.picture_folder import PromptPictures, read_pictures, save_picture
 from fdfo.pictures import PictureText, check_settings, draw_pictures, encode_for_pictures, load_for_pictures

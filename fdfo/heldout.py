@@ -9,13 +9,14 @@ from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.evaluation import PictureSet, score_pictures
 from fdfo.hub import fetch_prompt_set
-from fdfo.model import FlowModel, TextEmbeddings, quantised
+from fdfo.model import FlowModel, quantised
 from fdfo.plan import BatchPlan
 from fdfo.prompts import hold_out, load_prompts
 from fdfo.results import prompt_means
 from fdfo.rollout import encode_prompts
 from fdfo.sampling import sample_flow
 from fdfo.selection import REWARD, Evaluation
+from fdfo.text import TextEmbeddings
 from rewards import SET_SCORERS, Scorer, SetScorer
 
 EVALUATION_SEED, REPEAT_SEEDS = 100_000, 1_000_000  # seed of the first picture; distance to those of the next repeat

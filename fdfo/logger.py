@@ -1,92 +1,14 @@
-"""The run folder, its log, and the clock of the stages."""
+"""The log of a run: training_log.jsonl, and Weights & Biases where asked for."""
 
-import contextlib
-import fcntl
 import json
 import math
 import os
-import re
 import secrets
-import shutil
-import time
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
-import psutil
-import torch
-from tqdm import tqdm
-
-from fdfo.checkpoint import all_checkpoints, position
 from fdfo.config import TrainConfig, UserError
-from fdfo.config_file import config_to_dict, config_to_json
-from fdfo.distributed import Job
-from fdfo.manifest import whole_folder, write_whole
-
-T = TypeVar("T")
-SHEET_NAME = re.compile(r"(?:epoch|pairs)-(\d{7,})\.jpg")
-
-
-def check_writable(runs_dir: Path) -> None:
-    """Raises UserError when no run folder could be made there. Writes nothing."""
-    parent = runs_dir.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"No run folder can be made in {runs_dir}: {parent} is not a folder you can write to; give another --runs-dir."
-        )
-
-
-def create_run_folder(config: TrainConfig) -> Path:
-    """runs/NNNNN-name with the next free number, and config.json in it. Raises UserError when it cannot be written."""
-    name = config.run_name or f"{default_reward_name(config)}-cfg_{config.sample.guidance_scale}".replace(".", "p")
-    try:
-        config.runs_dir.mkdir(parents=True, exist_ok=True)
-        taken = [int(p.name[:5]) for p in config.runs_dir.iterdir() if re.match(r"\d{5}-", p.name)]
-        run = config.runs_dir / f"{max(taken, default=-1) + 1:05d}-{name}"
-        with whole_folder(run) as folder:
-            (folder / "config.json").write_text(config_to_json(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"No run folder can be made in {config.runs_dir} ({error.strerror}): give another --runs-dir.") from error
-    return run
-
-
-def reopen_run_folder(run: Path, config: TrainConfig, reached: tuple[int, int]) -> None:
-    """Makes config.json say what the resumed run does, and sets checkpoints and sheets aside that lie behind the position it goes
-    on from."""
-    try:
-        write_whole(run / "config.json", config_to_json(config))
-        for partial in run.glob("checkpoints/.epoch-*.partial"):  # of a process that was killed while it wrote or deleted one
-            shutil.rmtree(partial)
-        later = [folder for folder in all_checkpoints(run) if position(folder) > reached]
-        later += [sheet for sheet, epoch in sheets_of(run) if epoch > max(0, reached[0])]  # epoch 0 has no checkpoint
-        for path in later:
-            path.rename(path.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"))
-    except OSError as error:
-        raise UserError(f"{run} cannot be written ({error.strerror}): resume from a copy that can.") from error
-
-
-def sheets_of(run: Path) -> list[tuple[Path, int]]:
-    """The sheets of samples and of pairs in a run folder, each with its epoch."""
-    found = {path: SHEET_NAME.fullmatch(path.name) for path in (run / "samples").glob("*.jpg")}
-    return [(path, int(match[1])) for path, match in found.items() if match]
-
-
-def claim(run: Path) -> None:
-    """Lets no other process train in a run folder until this one has ended, however it ends. Raises UserError if one does."""
-    try:
-        descriptor = os.open(run / ".claim", os.O_RDWR | os.O_CREAT)  # never closed, since closing it would end the claim
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(
-            f"{run} cannot be claimed ({error.strerror}): another process may be training in it, end that one."
-        ) from error
-
-
-def default_reward_name(config: TrainConfig) -> str:
-    return "custom" if config.reward_specs else config.reward_preset
+from fdfo.config_file import config_to_dict
+from fdfo.manifest import write_whole
 
 
 class RunLog:
@@ -183,62 +105,3 @@ def as_json(value: object) -> object:
     if isinstance(value, list):
         return [as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class StageClock:
-    """Seconds spent in each named stage since the last reading."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def each(self, name: str, items: Iterator[T]) -> Iterator[T]:
-        """The items, with the time that it takes to get each of them."""
-        while True:
-            with self.stage(name):
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
-
-    def take(self, name: str) -> float:
-        """Seconds of one stage since the last reading, rounded to milliseconds, which the next reading leaves out."""
-        return round(self.seconds.pop(name, 0.0), 3)
-
-    def read(self) -> dict[str, float]:
-        """Seconds by stage, rounded to milliseconds; the clock starts again from 0."""
-        seconds, self.seconds = self.seconds, {}
-        return {name: round(value, 3) for name, value in seconds.items()}
-
-
-def progress_bar(job: Job, total: int, what: str, unit: str = "picture", leave: bool = True) -> tqdm:
-    """Rank 0's share of the work with the time left; nothing where the output is no terminal, or for a total of 0."""
-    return tqdm(total=total, desc=what, unit=unit, leave=leave, disable=None if job.is_main and total else True)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide about numbers."""
-    return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-
-
-def memory_gib(device: torch.device) -> float:
-    """Memory in use now: allocated on the GPU, or resident on the CPU, GiB."""
-    if device.type == "cuda":
-        return round(torch.cuda.memory_allocated(device) / 2**30, 4)
-    return round(psutil.Process().memory_info().rss / 2**30, 4)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory in use so far: allocated on the GPU, or resident on the CPU, GiB."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

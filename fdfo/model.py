@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,31 +13,15 @@ from fdfo.config import UserError
 from fdfo.distributed import check_device
 from fdfo.hub import load_pipeline
 from fdfo.lora_attention import GroupedJointAttention
+from fdfo.text import TRAINING_TEXT_LENGTH, TextEmbeddings, encode_text, text_length
 
 COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-TRAINING_TEXT_LENGTH = 128  # T5 tokens in training
-PICTURE_TEXT_LENGTH = 256  # T5 tokens for evaluation pictures
-TEXT_BATCH = 16  # prompts
 DECODE_BATCH = 8  # pictures; on a CPU larger batches fall out of its caches and take twice as long
 
 
 def quantised(images: torch.Tensor) -> torch.Tensor:
     """Pictures in [0, 1] as files and evaluations have them: uint8 on the CPU, of the same shape."""
     return (255 * images.float()).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-@dataclass(frozen=True)
-class TextEmbeddings:
-    """Encoded prompts, one a row."""
-
-    tokens: torch.Tensor  # [N, L, D], CLIP's tokens, then T5's
-    pooled: torch.Tensor  # [N, D']
-
-    def rows(self, index: torch.Tensor | slice | list[int]) -> "TextEmbeddings":
-        return TextEmbeddings(self.tokens[index], self.pooled[index])
-
-    def to(self, device: torch.device) -> "TextEmbeddings":
-        return TextEmbeddings(self.tokens.to(device), self.pooled.to(device))
 
 
 class FlowModel:
@@ -161,7 +144,7 @@ class FlowModel:
     def _warm_up(self, resolution: int) -> None:
         """Runs everything that is compiled once, forward and backward, on zeros."""
         config, x = self.pipe.transformer.config, torch.zeros(1, *self.latent_shape(resolution), device=self.device)
-        length = self.pipe.tokenizer_max_length + self.text_length(TRAINING_TEXT_LENGTH)
+        length = self.pipe.tokenizer_max_length + text_length(self.pipe, TRAINING_TEXT_LENGTH)
         text = TextEmbeddings(
             torch.zeros(1, length, config.joint_attention_dim, device=self.device, dtype=self.dtype),
             torch.zeros(1, config.pooled_projection_dim, device=self.device, dtype=self.dtype),
@@ -173,32 +156,9 @@ class FlowModel:
 
     # -- text, velocity, pictures
 
-    def text_length(self, wanted: int) -> int:
-        """T5 tokens: as wanted, but never more than the model was trained for (METHOD.md 4 and 5)."""
-        return min(wanted, self.pipe.tokenizer_3.model_max_length)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], text_length: int = TRAINING_TEXT_LENGTH) -> TextEmbeddings:
-        """Text embeddings of prompts: tokens [N, L, D] and pooled [N, D'], outside autocast.
-
-        On a GPU, whose kernels round differently for other numbers of rows, a batch is filled up with the empty prompt, so that
-        a prompt's embedding does not depend on how many others this process has.
-        """
-        tokens, pooled = [], []
-        for i in range(0, len(prompts), TEXT_BATCH):
-            batch = list(prompts[i : i + TEXT_BATCH])
-            filler = [""] * (TEXT_BATCH - len(batch)) if self.device.type == "cuda" else []
-            encoded, _, summary, _ = self.pipe.encode_prompt(
-                prompt=batch + filler,
-                prompt_2=None,
-                prompt_3=None,
-                device=self.device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.text_length(text_length),
-            )
-            tokens.append(encoded[: len(batch)])
-            pooled.append(summary[: len(batch)])
-        return TextEmbeddings(torch.cat(tokens), torch.cat(pooled))
+    def encode(self, prompts: Sequence[str], length: int = TRAINING_TEXT_LENGTH) -> TextEmbeddings:
+        """Text embeddings of prompts, with that many T5 tokens: tokens [N, L, D] and pooled [N, D'], outside autocast."""
+        return encode_text(self.pipe, prompts, length, self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.compute_type, enabled=self.precision != "fp32")

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCardData
 
 from fdfo.config import SD35_MEDIUM, TrainConfig, UserError
 from fdfo.hub import BUNDLED_MODELS
-from fdfo.logger import versions
 from fdfo.lora_file import LORA_FILE
 from fdfo.manifest import is_folder
+from fdfo.meters import versions
 from fdfo.plan import plan_churn
 from fdfo.tiny import TEXT_TOKENS
 from rewards import REWARD_PRESETS

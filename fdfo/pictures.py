@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from fdfo.config import UserError
-from fdfo.model import PICTURE_TEXT_LENGTH, FlowModel, TextEmbeddings, quantised
+from fdfo.model import FlowModel, quantised
 from fdfo.plan import PicturePlan, PictureSettings
+from fdfo.text import PICTURE_TEXT_LENGTH, TextEmbeddings
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job, check_device
 from fdfo.health import Health
 from fdfo.heldout import HeldOut, PromptSplit, prepare_held_out, split_prompts
-from fdfo.logger import RunLog, check_writable, claim, create_run_folder, read_log, reopen_run_folder
+from fdfo.logger import RunLog, read_log
 from fdfo.lora_file import check_plain
 from fdfo.manifest import text_sum
 from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_batches
+from fdfo.run_folder import check_writable, claim, create_run_folder, reopen_run_folder
 from fdfo.training_state import Progress, check_resume, load_training_state
 from fdfo.update import LossScale, make_optimizer
 from rewards import (

@@ -9,9 +9,10 @@ import torch
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.estimator import pair_deviation
-from fdfo.model import FlowModel, TextEmbeddings
+from fdfo.model import FlowModel
 from fdfo.plan import BatchPlan, plan_churn
 from fdfo.sampling import interval_gammas, prior_gammas, raw_gammas, sample_pairs
+from fdfo.text import TextEmbeddings
 from rewards import WeightedReward
 
 MOST_DROPPED = 0.05  # share of pictures or pairs without a finite score or latent, above which a run cannot be trusted

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from fdfo.distributed import Job
-from fdfo.logger import StageClock, progress_bar
+from fdfo.meters import StageClock, progress_bar
 from fdfo.preemption import Guard, LeaveStage
 
 PLAIN_SECONDS = 60  # between two lines about a stage where the output is no terminal

@@ -13,8 +13,9 @@ from fdfo.console import announce, command, report_epoch, report_evaluation, res
 from fdfo.distributed import Job
 from fdfo.health import one_colour
 from fdfo.heldout import draw_held_out, score_held_out
-from fdfo.logger import StageClock, evaluation_due, versions
+from fdfo.logger import evaluation_due
 from fdfo.memory import fitting_plan
+from fdfo.meters import StageClock, versions
 from fdfo.model import FlowModel, quantised
 from fdfo.preemption import Stopped, guarded
 from fdfo.preparation import Run, prepare
@@ -24,7 +25,7 @@ from fdfo.rollout import Differences, Rollout, check_first_scores, encode_prompt
 from fdfo.sheets import ShownPair, pair_sheet, save_sheet
 from fdfo.stages import Stages
 from fdfo.training_state import adapter_copy, point_to_best, prune_checkpoints, save_checkpoint
-from fdfo.update import optimizer_step, step_samples
+from fdfo.update import EpochData, optimizer_step, step_samples
 from rewards import describe
 
 SHOWN_PAIRS = 8  # of a sheet
@@ -123,13 +124,12 @@ def update(job: Job, config: TrainConfig, run: Run, stages: Stages, experience: 
     """The optimizer steps of the epoch that are not done yet."""
     progress, model, epoch = run.progress, run.model, run.progress.epochs
     untrained = lora_b(model) if progress.samples == 0 else None
+    data = EpochData(model, config, run.plan, experience.rollout, experience.differences)
     steps = step_samples(run.plan, config, epoch, job.share(config.total_pairs_per_epoch))
     for number, (samples, total) in list(enumerate(steps))[len(progress.steps) :]:
         with stages("update", epoch + 1, number, len(samples), "samples"):
-            stats = optimizer_step(
-                job, model, config, run.plan, experience.rollout, experience.differences, samples, total, run.optimizer, run.scale,
-                first=epoch == run.first_epoch and number == 0, asked=stages.asked,
-            )  # fmt: skip
+            first = epoch == run.first_epoch and number == 0
+            stats = optimizer_step(job, data, samples, total, run.optimizer, run.scale, first, stages.asked)
         if stats is None:  # a rank was asked to stop
             stages.guard.enter(f"step {number + 1} of the update of epoch {epoch + 1}")
         if untrained is not None and stats.applied:

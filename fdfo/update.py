@@ -89,16 +89,19 @@ def step_samples(plan: BatchPlan, config: TrainConfig, epoch: int, pairs: range)
     return steps
 
 
+@dataclass(frozen=True)
+class EpochData:
+    """What all optimizer steps of an epoch share on this rank."""
+
+    model: FlowModel
+    config: TrainConfig
+    plan: BatchPlan
+    rollout: Rollout
+    differences: Differences
+
+
 def accumulate_gradient(
-    model: FlowModel,
-    config: TrainConfig,
-    plan: BatchPlan,
-    rollout: Rollout,
-    differences: Differences,
-    samples: torch.Tensor,
-    total: int,
-    scale: float,
-    asked: Callable[[int], bool] = lambda done: False,
+    data: EpochData, samples: torch.Tensor, total: int, scale: float, asked: Callable[[int], bool] = lambda done: False
 ) -> tuple[torch.Tensor, float]:
     """Adds the gradient of the rank's samples to the parameters, scaled, as their part of the mean over `total` samples.
 
@@ -106,29 +109,17 @@ def accumulate_gradient(
     from 1. Ends early when a loss or a scaled gradient is not finite, or when the rank is asked to stop: asked is called before
     every micro-batch with the number of samples done. Dropped pairs count as ratio 1.
     """
-    sigmas = model.sigmas(config.sample.num_solver_steps).to(model.device)
-    guidance, T = config.sample.guidance_scale, config.sample.num_solver_steps
+    model, clip_range = data.model, data.config.train.clip_range
+    sigmas = model.sigmas(data.config.sample.num_solver_steps).to(model.device)
     sums, farthest, previous = torch.zeros(5, dtype=torch.float64), [torch.ones(1, device=model.device)], None
-    for start in range(0, len(samples), plan.train_batch):
+    for start in range(0, len(samples), data.plan.train_batch):
         if asked(start):
             sums[4] = 1
             break
-        batch = samples[start : start + plan.train_batch]
-        x, v_ref = rollout.samples(batch // T, batch % T)
-        row, step = (batch // T).to(model.device), (batch % T).to(model.device)
-        text = rollout.text.rows(row // 2)
-        v = model.velocity(x, sigmas[step], text, rollout.empty, guidance)
-        loss, ratio = surrogate_loss(v, v_ref, differences.dx[row], differences.dR[row], config.train.clip_range)
-        kept = ~differences.dropped[row]
-        if config.train.kl_weight > 0:
-            with torch.no_grad(), model.base():
-                v_base = model.velocity(x, sigmas[step], text, rollout.empty, guidance)
-            distance = (v.float() - v_base.float()).square().mean((1, 2, 3))
-            loss = loss + config.train.kl_weight * kept * distance
+        loss, ratio = micro_batch_loss(data, sigmas, samples[start : start + data.plan.train_batch])
         (loss.sum() * (scale / total)).backward()
-        ratio = torch.where(kept, ratio.detach(), torch.ones_like(ratio))
         farthest.append(ratio.gather(0, (ratio - 1).abs().argmax(0, keepdim=True)))  # indexing would wait for the GPU
-        clipped = (ratio - 1).abs() > config.train.clip_range
+        clipped = (ratio - 1).abs() > clip_range
         values = torch.stack([loss.detach().sum(), clipped.sum(), ratio.sum(), gradient_overflowed(model, scale)]).double()
         if previous is not None and not add_finite(sums, previous):
             previous = None
@@ -138,6 +129,24 @@ def accumulate_gradient(
         add_finite(sums, previous)
     ratios = torch.cat(farthest)
     return sums, float(ratios[(ratios - 1).abs().argmax()])
+
+
+def micro_batch_loss(data: EpochData, sigmas: torch.Tensor, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss, with a graph, and ratio of some samples: batch [N] of trajectory * T + step -> [N], [N]; the ratio of a dropped pair is 1."""
+    model, config, rollout, differences = data.model, data.config, data.rollout, data.differences
+    guidance, T = config.sample.guidance_scale, config.sample.num_solver_steps
+    x, v_ref = rollout.samples(batch // T, batch % T)
+    row, step = (batch // T).to(model.device), (batch % T).to(model.device)
+    text = rollout.text.rows(row // 2)
+    v = model.velocity(x, sigmas[step], text, rollout.empty, guidance)
+    loss, ratio = surrogate_loss(v, v_ref, differences.dx[row], differences.dR[row], config.train.clip_range)
+    kept = ~differences.dropped[row]
+    if config.train.kl_weight > 0:
+        with torch.no_grad(), model.base():
+            v_base = model.velocity(x, sigmas[step], text, rollout.empty, guidance)
+        distance = (v.float() - v_base.float()).square().mean((1, 2, 3))
+        loss = loss + config.train.kl_weight * kept * distance
+    return loss, torch.where(kept, ratio.detach(), torch.ones_like(ratio))
 
 
 def add_finite(sums: torch.Tensor, values: torch.Tensor) -> bool:
@@ -165,11 +174,7 @@ def reduce_gradient(job: Job, parameters: list[torch.nn.Parameter], scale: float
 
 def optimizer_step(
     job: Job,
-    model: FlowModel,
-    config: TrainConfig,
-    plan: BatchPlan,
-    rollout: Rollout,
-    differences: Differences,
+    data: EpochData,
     samples: torch.Tensor,
     total: int,
     optimizer: torch.optim.AdamW,
@@ -184,15 +189,15 @@ def optimizer_step(
     A loss that is not finite, or a gradient that is not finite without any scale, never reaches the weights: the step is
     left out and counted. `first`: the weights are still those that sampled, so the ratio must be 1.
     """
-    parameters = model.trainable()
+    config, parameters = data.config, data.model.trainable()
     while True:
         optimizer.zero_grad()
         used = scale.value
-        sums, ratio_first = accumulate_gradient(model, config, plan, rollout, differences, samples, total, used, asked)
+        sums, ratio_first = accumulate_gradient(data, samples, total, used, asked)
         reduce_gradient(job, parameters, used)
         if first:
             check_ratio(job, ratio_first, config.precision)
-        sums = job.sum(sums.to(model.device)).cpu()
+        sums = job.sum(sums.to(job.device)).cpu()
         if sums[4] > 0:
             optimizer.zero_grad()
             return None

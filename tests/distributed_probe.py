@@ -15,7 +15,7 @@ from fdfo.preparation import prepare
 from fdfo.prompts import epoch_prompts
 from fdfo.rollout import FIRST_CHURN, START, encode_prompts, pair_gammas, sample_share, score_share, standard_normal
 from fdfo.trainer import train
-from fdfo.update import accumulate_gradient, reduce_gradient, step_samples
+from fdfo.update import EpochData, accumulate_gradient, reduce_gradient, step_samples
 
 
 def main(out: str, runs_dir: str, pairs: int) -> None:
@@ -45,7 +45,7 @@ def main(out: str, runs_dir: str, pairs: int) -> None:
         held = rollout.xs.numel()
         differences = score_share(rollout, model.decode(rollout.final), run.reward)
         samples, total = step_samples(run.plan, config, 1, own)[0]
-        accumulate_gradient(model, config, run.plan, rollout, differences, samples, total, 1.0)
+        accumulate_gradient(EpochData(model, config, run.plan, rollout, differences), samples, total, 1.0)
         reduce_gradient(job, model.trainable(), 1.0)
         gradient = torch.cat([p.grad.flatten() for p in model.trainable()])
         start = torch.cat([p.detach().flatten() for p in model.trainable()])

@@ -7,7 +7,8 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from fdfo.acceleration import cast_frozen_weights, pad_rows
 from fdfo.adapter import lora_targets
 from fdfo.lora_attention import GroupedJointAttention, LoraProduct
-from fdfo.model import FlowModel, TextEmbeddings
+from fdfo.model import FlowModel
+from fdfo.text import TextEmbeddings
 
 
 @pytest.fixture

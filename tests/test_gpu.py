@@ -13,14 +13,14 @@ from tiny_qwen import save_tiny_qwen
 from fdfo.acceleration import PinnedWeights
 from fdfo.config import PRESETS, SampleConfig, TrainConfig
 from fdfo.distributed import Job
-from fdfo.logger import StageClock
 from fdfo.memory import expected_memory, fits, fitting_plan
+from fdfo.meters import StageClock
 from fdfo.model import FlowModel
 from fdfo.plan import plan_batches
 from fdfo.preparation import Run, prepare
 from fdfo.rollout import Rollout, encode_prompts, sample_share, score_share
 from fdfo.trainer import train
-from fdfo.update import accumulate_gradient, step_samples
+from fdfo.update import EpochData, accumulate_gradient, step_samples
 from rewards.clip import ClipScorer
 from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 
@@ -70,7 +70,7 @@ def test_float16_gradient_is_that_of_float32(tmp_path: Path):
     samples, total = step_samples(run.plan, config, 0, range(16))[0]
 
     def gradient(model: FlowModel, scale: float) -> torch.Tensor:
-        accumulate_gradient(model, config, run.plan, rollout, differences, samples, total, scale)
+        accumulate_gradient(EpochData(model, config, run.plan, rollout, differences), samples, total, scale)
         return torch.cat([p.grad.flatten() for p in model.trainable()]) / scale
 
     half = gradient(run.model, 2.0**16)

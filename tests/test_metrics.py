@@ -16,12 +16,13 @@ from fdfo.adapter import lora_targets
 from fdfo.checkpoint import find_checkpoint, trained_guidance
 from fdfo.config import PRESETS
 from fdfo.distributed import Job
-from fdfo.model import PICTURE_TEXT_LENGTH, FlowModel
+from fdfo.model import FlowModel
 from fdfo.picture_folder import find_pictures, read_pictures, save_picture
 from fdfo.pictures import draw_pictures, encode_for_pictures
 from fdfo.plan import PictureSettings
 from fdfo.prompts import choose_prompts, load_prompts
 from fdfo.results import summarise
+from fdfo.text import PICTURE_TEXT_LENGTH, text_length
 from fdfo.trainer import train
 from rewards import build_scorers
 
@@ -96,7 +97,7 @@ def test_pictures_are_those_of_the_stock_pipeline(tiny: FlowModel, guidance: flo
     stock = tiny.pipe(
         prompt=[CAPTIONS[0], CAPTIONS[0], CAPTIONS[1]], width=64, height=64, num_inference_steps=4, guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt",
-        max_sequence_length=tiny.text_length(PICTURE_TEXT_LENGTH),
+        max_sequence_length=text_length(tiny.pipe, PICTURE_TEXT_LENGTH),
     ).images  # fmt: skip
     text = encode_for_pictures(tiny, CAPTIONS)
     tiny.drop_text_encoders()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fdfo.adapter import lora_targets
 from fdfo.config import TrainConfig, UserError
 from fdfo.model import FlowModel
+from fdfo.text import text_length
 from fdfo.training_state import Progress, save_checkpoint
 from fdfo.update import LossScale, make_optimizer
 
@@ -76,7 +77,7 @@ def test_decode_is_the_pipelines_decode(tiny):
 
 
 def test_text_is_padded_to_the_trained_length(tiny):
-    assert tiny.text_length(128) == tiny.text_length(256) == 16
+    assert text_length(tiny.pipe, 128) == text_length(tiny.pipe, 256) == 16
     assert tiny.encode(["a red circle on a white background"]).tokens.shape == (1, 32, 96)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from fdfo.rollout import standard_normal
 from fdfo.sampling import churn_step, interval_gammas, prior_gammas, raw_gammas, sample_pairs
+from fdfo.text import text_length
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.1, 0.0])
 
@@ -105,7 +106,7 @@ def test_without_churn_it_is_diffusers_pipeline(tiny, guidance: float):
         num_inference_steps=6,
         height=64,
         width=64,
-        max_sequence_length=tiny.text_length(128),
+        max_sequence_length=text_length(tiny.pipe, 128),
         output_type="latent",
     ).images
     text, empty = tiny.encode(prompts), tiny.encode([""])

@@ -1,4 +1,4 @@
-"""The order of modules that the README states: a module imports only modules to its left."""
+"""The order of modules that the README states: a module imports only modules before it."""
 
 import ast
 import re
@@ -19,13 +19,13 @@ def imported(path) -> set[str]:
     return names - {"tiny"}
 
 
-def test_modules_import_only_modules_to_their_left():
-    sentence = re.search(r"modules to its left: ([\w,\s]+)\.", (ROOT / "README.md").read_text())[1]
-    order = [name.strip() for name in sentence.replace("\n", " ").split(",")]
+def test_modules_import_only_modules_before_them():
+    block = re.search(r"modules before it in this order:\n\n```\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    order = [name for line in block.splitlines() for name in re.split(r" {2,}", line, maxsplit=1)[1].split(", ")]
     files = {path.stem: [path] for path in (ROOT / "fdfo").glob("*.py") if path.stem != "__init__"}
     files["rewards"] = list((ROOT / "rewards").glob("*.py"))
     assert set(order) == set(files)
     for name, paths in files.items():
         for path in paths:
-            right = imported(path) - set(order[: order.index(name)]) - {name}
-            assert not right, f"{path.name} imports {right}, which stand to its right"
+            after = imported(path) - set(order[: order.index(name)]) - {name}
+            assert not after, f"{path.name} imports {after}, which stand after it"

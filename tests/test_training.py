@@ -17,7 +17,7 @@ from fdfo.logger import RunLog
 from fdfo.preparation import Run, prepare
 from fdfo.rollout import encode_prompts, sample_share, score_share
 from fdfo.trainer import train
-from fdfo.update import LossScale, optimizer_step, step_samples
+from fdfo.update import EpochData, LossScale, optimizer_step, step_samples
 
 TINY = PRESETS["tiny"]
 
@@ -189,7 +189,13 @@ def test_kl_term_pulls_back_to_the_base(job: Job, tmp_path: Path):
     losses = []
     for samples, total in step_samples(run.plan, config, 0, range(6)) * 3:
         stats = optimizer_step(
-            job, run.model, config, run.plan, rollout, differences, samples, total, run.optimizer, run.scale, first=False
+            job,
+            EpochData(run.model, config, run.plan, rollout, differences),
+            samples,
+            total,
+            run.optimizer,
+            run.scale,
+            first=False,
         )
         losses.append(stats.loss)
     assert losses[0] > 0 and losses[-1] < 0.7 * losses[0]
@@ -212,7 +218,13 @@ def test_sampling_and_training_must_agree(job: Job, tmp_path: Path):
     samples, total = step_samples(run.plan, config, 0, range(6))[0]
     with pytest.raises(UserError, match="sampling and training disagree"):
         optimizer_step(
-            job, run.model, config, run.plan, rollout, differences, samples, total, run.optimizer, run.scale, first=True
+            job,
+            EpochData(run.model, config, run.plan, rollout, differences),
+            samples,
+            total,
+            run.optimizer,
+            run.scale,
+            first=True,
         )
 
 
@@ -239,7 +251,7 @@ def test_broken_latents_drop_their_pair(job: Job, tmp_path: Path):
     assert differences.dropped.tolist() == [False, False, True, True] + [False] * 8
     samples = torch.arange(48)
     stats = optimizer_step(
-        job, run.model, config, run.plan, rollout, differences, samples, 48, run.optimizer, run.scale, first=True
+        job, EpochData(run.model, config, run.plan, rollout, differences), samples, 48, run.optimizer, run.scale, first=True
     )
     assert stats.applied and torch.isfinite(torch.tensor(stats.loss)) and stats.ratio_mean == pytest.approx(1)
 
@@ -251,7 +263,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(job: Job, tmp_p
     rollout.velocities[0] = float("inf")
     samples = torch.arange(12)  # trajectories 0 to 2, the first of them broken
     stats = optimizer_step(
-        job, run.model, config, run.plan, rollout, differences, samples, 12, run.optimizer, run.scale, first=False
+        job, EpochData(run.model, config, run.plan, rollout, differences), samples, 12, run.optimizer, run.scale, first=False
     )
     assert not stats.applied
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_trainable())
@@ -261,7 +273,9 @@ def test_a_rank_without_samples_in_a_step_takes_part(job: Job, tmp_path: Path):
     config = small(tmp_path)
     run, rollout, differences = first_rollout(job, config)
     none = torch.empty(0, dtype=torch.long)
-    stats = optimizer_step(job, run.model, config, run.plan, rollout, differences, none, 5, run.optimizer, run.scale, first=True)
+    stats = optimizer_step(
+        job, EpochData(run.model, config, run.plan, rollout, differences), none, 5, run.optimizer, run.scale, first=True
+    )
     assert stats.applied and stats.grad_norm == 0
 
 
