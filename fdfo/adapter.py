@@ -42,12 +42,15 @@ def attach_lora(transformer: SD3Transformer2DModel, config: LoraConfig, name: st
 
 
 def fill_lora(peft: PeftModel, folder: Path, name: str) -> None:
-    """Gives a LoRA on the model called name the weights of an adapter folder. Raises UserError if they do not fit."""
+    """Gives a LoRA on the model called name the weights of an adapter folder. Raises UserError if they do not fit, or are not finite."""
     try:
-        result = set_peft_model_state_dict(peft, load_file(folder / ADAPTER))
+        tensors = load_file(folder / ADAPTER)
+        result = set_peft_model_state_dict(peft, tensors)
     except (RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"The adapter in {folder} does not fit {name} ({reason}): give its own base model.") from error
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"The adapter in {folder} has numbers that are not finite: give another checkpoint.")
     missing = [key for key in result.missing_keys if "lora_" in key]
     if result.unexpected_keys or missing:
         strange = (result.unexpected_keys + missing)[0]
@@ -55,7 +58,10 @@ def fill_lora(peft: PeftModel, folder: Path, name: str) -> None:
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The LoraConfig of an adapter folder. Raises UserError if the folder holds no LoRA adapter."""
+    """The LoraConfig of an adapter folder, its dropout taken out: neither pictures nor this method's training know any.
+
+    Raises UserError if the folder holds no LoRA adapter.
+    """
     check_adapter_files(folder, folder)
     try:
         config = LoraConfig.from_pretrained(str(folder))
@@ -63,5 +69,5 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise UserError(f"{folder}/adapter_config.json is not the configuration of a PEFT adapter: restore the file.") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"The adapter in {folder} is no LoRA: give a LoRA adapter.")
-    config.inference_mode, config.base_model_name_or_path = False, None
+    config.inference_mode, config.base_model_name_or_path, config.lora_dropout = False, None, 0.0
     return config

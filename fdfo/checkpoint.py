@@ -168,12 +168,12 @@ def trained_guidance(checkpoint: Checkpoint) -> float | None:
     return 1.0 if match[1] == "no-cfg" else float(f"{match[2]}.{match[3]}")
 
 
-def guidance_warning(checkpoint: Checkpoint, used: float) -> str | None:
-    """METHOD.md 5: an adapter trained with guidance w is sampled with w."""
+def guidance_warning(checkpoint: Checkpoint, used: float, flag: str = "--guidance-scale") -> str | None:
+    """METHOD.md 5: an adapter trained with guidance w is sampled with w. flag: the one that would set it."""
     trained = trained_guidance(checkpoint)
     if trained is None or trained == used:
         return None
     return (
-        f"warning: {checkpoint.label} was trained with guidance {trained:g} and is drawn with {used:g}: "
-        f"--guidance-scale {trained:g} suits it"
+        f"warning: {checkpoint.label} was trained with guidance {trained:g} and is sampled with {used:g}: "
+        f"{flag} {trained:g} suits it"
     )

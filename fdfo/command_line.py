@@ -108,8 +108,8 @@ def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
         raise UserError(f"--out {config.out} is no picture file: end it with .jpg or .png.")
     if config.prompts and config.prompt_file:
         raise UserError("--prompts and --prompt-file exclude each other: leave one out.")
-    if min(config.columns, config.grid_cols, config.grid_rows, config.batch_size) < 1 or config.seed < 0:
-        raise UserError("--columns, --grid-cols, --grid-rows and --batch-size must be 1 or more, --seed 0 or more.")
+    if min(config.columns, config.grid_cols, config.grid_rows, config.batch_size) < 1 or not 0 <= config.seed < 2**31:
+        raise UserError("--columns, --grid-cols, --grid-rows and --batch-size must be 1 or more, --seed in 0 to 2^31 - 1.")
     return config
 
 
@@ -123,8 +123,8 @@ def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsCon
         raise UserError("--per-prompt goes into the JSON file: add --out.")
     if config.images is not None:
         check_no_drawing(config)
-    if not 0 <= config.prompt_seed < 2**32 or not 0 <= config.image_seed < 2**62:
-        raise UserError("--prompt-seed must lie in 0 to 2^32 - 1, --image-seed in 0 to 2^62 - 1.")
+    if not 0 <= config.prompt_seed < 2**32 or not 0 <= config.image_seed < 2**31:
+        raise UserError("--prompt-seed must lie in 0 to 2^32 - 1, --image-seed in 0 to 2^31 - 1.")
     return config
 
 

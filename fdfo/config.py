@@ -108,8 +108,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """keep the inputs of the transformer's blocks alone, and compute every block again in the backward: less memory, more time"""
     offload_scorers: bool = False
-    """the scorers' models wait in host memory and come to the GPU one after the other to score; a scorer of your own takes part
-    where its attribute `model` is a torch.nn.Module on the GPU; on a CPU nothing moves"""
+    """the scorers' models wait in host memory and come to the GPU one after the other to score, as those of evaluations
+    alone always do; a scorer of your own takes part where its attribute `model` is a torch.nn.Module on the GPU; on a CPU nothing
+    moves"""
     offload_trajectories: bool = False
     """keep the trajectories of an epoch in host memory; on a CPU they are there anyway"""
     pretrained_model: str = SD35_MEDIUM

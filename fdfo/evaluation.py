@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fdfo.checkpoint import Checkpoint, find_checkpoint, guidance_warning, run_checkpoints, saved_config
-from fdfo.config import MetricsConfig, TrainConfig, UserError
+from fdfo.checkpoint import Checkpoint, find_checkpoint, guidance_warning, run_checkpoints, saved_config, trained_guidance
+from fdfo.config import MetricsConfig, UserError
 from fdfo.distributed import Job
 from fdfo.manifest import is_folder
 from fdfo.meters import progress_bar
@@ -44,8 +44,8 @@ def find_subjects(config: MetricsConfig) -> list[Subject]:
             found += [find_checkpoint(str(folder)) for folder in run_checkpoints(Path(name))]
         else:
             found.append(find_checkpoint(name))
-    runs = [saved_config(checkpoint) for checkpoint in found if checkpoint is not None]
-    reference = next((run for run in runs if run is not None), None)  # the base is drawn as the first run's checkpoints are
+    given = sorted((checkpoint for checkpoint in found if checkpoint is not None), key=lambda checkpoint: checkpoint.run is None)
+    reference = given[0] if given else None  # the base is drawn as the first run's checkpoints are
     subjects = [subject(config, checkpoint, reference) for checkpoint in found]
     for other in subjects:
         if (other.plan.model, other.plan.half_precision) != (subjects[0].plan.model, subjects[0].plan.half_precision):
@@ -53,11 +53,14 @@ def find_subjects(config: MetricsConfig) -> list[Subject]:
     return subjects
 
 
-def subject(config: MetricsConfig, checkpoint: Checkpoint | None, reference: TrainConfig | None) -> Subject:
-    """The subject of a checkpoint; of the base model, drawn as reference says, where there is none."""
+def subject(config: MetricsConfig, checkpoint: Checkpoint | None, reference: Checkpoint | None) -> Subject:
+    """The subject of a checkpoint; of the base model, drawn as the reference is, where there is none."""
+    drawn_as = checkpoint or reference
+    plan = plan_pictures(config, None, None)
+    if drawn_as is not None:
+        plan = plan_pictures(config, saved_config(drawn_as), trained_guidance(drawn_as))
     if checkpoint is None:
-        return Subject("base", "base", 0, None, plan_pictures(config, reference), None)
-    plan = plan_pictures(config, saved_config(checkpoint))
+        return Subject("base", "base", 0, None, plan, None)
     number = re.fullmatch(r"epoch-(\d+)", checkpoint.folder.name)
     warning = guidance_warning(checkpoint, plan.pictures.guidance)
     return Subject(checkpoint.label, checkpoint.run_name, int(number[1]) if number else None, checkpoint.folder, plan, warning)

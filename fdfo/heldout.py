@@ -1,5 +1,6 @@
 """Evaluation during training: held-out prompts, drawn without churn by the model in training, and scored."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -94,8 +95,8 @@ def prepare_held_out(
 @torch.no_grad()
 def draw_held_out(
     model: FlowModel, config: TrainConfig, plan: BatchPlan, held_out: HeldOut, before_batch: Callable[[int], None]
-) -> torch.Tensor:
-    """This rank's pictures, a prompt's together: [N, 3, H, W] uint8 on the CPU.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's pictures, a prompt's together: [N, 3, H, W] uint8 on the CPU, and which of them are finite: [N] bool.
 
     They are sampled as in training but without churn: same micro-batches, text length and compiled blocks, so that an
     evaluation costs no memory and no compiling of its own. The noise of a picture depends on its prompt's number and its
@@ -103,7 +104,7 @@ def draw_held_out(
     """
     sigmas, shape = model.sigmas(config.sample.num_solver_steps), model.latent_shape(config.sample.resolution)
     positions = [(row, repeat) for row in range(len(held_out.own)) for repeat in range(held_out.repeats)]
-    empty, pictures = None if held_out.empty is None else held_out.empty.to(model.device), []
+    empty, pictures, finite = None if held_out.empty is None else held_out.empty.to(model.device), [], []
     for start in range(0, len(positions), 2 * plan.sample_batch):
         before_batch(start)
         batch = positions[start : start + 2 * plan.sample_batch]
@@ -114,8 +115,10 @@ def draw_held_out(
             level = torch.full((len(x),), sigma, device=x.device)
             return model.velocity(x, level, text, empty, config.sample.guidance_scale)
 
-        pictures.append(quantised(model.decode(sample_flow(velocity, noise, sigmas))))
-    return torch.cat(pictures)
+        images = model.decode(sample_flow(velocity, noise, sigmas))
+        pictures.append(quantised(images))
+        finite.append(images.isfinite().flatten(1).all(1).cpu())
+    return torch.cat(pictures), torch.cat(finite)
 
 
 def picture_noise(shape: tuple[int, ...], prompt: int, repeat: int) -> torch.Tensor:
@@ -124,15 +127,20 @@ def picture_noise(shape: tuple[int, ...], prompt: int, repeat: int) -> torch.Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def score_held_out(job: Job, epoch: int, held_out: HeldOut, images: torch.Tensor) -> Evaluation:
-    """The evaluation of this rank's pictures [N, 3, H, W] uint8 and all others', on every rank. Raises UserError."""
+def score_held_out(job: Job, epoch: int, held_out: HeldOut, images: torch.Tensor, finite: torch.Tensor) -> Evaluation:
+    """The evaluation of this rank's pictures [N, 3, H, W] uint8 and all others', on every rank. Raises UserError.
+
+    A prompt with a picture that is not finite [N] has no score: NaN.
+    """
     counts = [held_out.repeats] * len(held_out.own)
     pictures = PictureSet("", "", epoch, {}, [held_out.prompts[i] for i in held_out.own], counts, images, [])
     fresh = [kept for rank in job.gather_objects([not held_out.spare] * len(held_out.own)) for kept in rank]
+    whole = [kept for rank in job.gather_objects(finite.view(-1, held_out.repeats).all(1).tolist()) for kept in rank]
     scores = {}
     for name, scorer in held_out.scorers.items():
         means = prompt_means(score_pictures(job, name, scorer, pictures))
-        scores[name] = [mean for mean, kept in zip(means, fresh, strict=True) if kept]
+        own = [mean if true else math.nan for mean, true in zip(means, whole, strict=True)]
+        scores[name] = [mean for mean, kept in zip(own, fresh, strict=True) if kept]
     rows = zip(*(scores[name] for name in held_out.weights), strict=True)
     reward = [sum(w * value for w, value in zip(held_out.weights.values(), row, strict=True)) for row in rows]
     return Evaluation(epoch, {REWARD: reward} | scores)

@@ -56,7 +56,8 @@ def draw_pictures(
 ) -> Iterator[torch.Tensor]:
     """One picture for every row of the text and its seed, batch by batch: [n, 3, H, W] uint8 on the CPU.
 
-    Noise comes from one CPU generator a picture, so that a picture does not depend on its batch.
+    Noise comes from one CPU generator a picture, so that a picture does not depend on its batch. Raises UserError for pictures
+    that are not finite.
     """
     for i in range(0, len(rows), settings.batch_size):
         batch = text.prompts.rows(list(rows[i : i + settings.batch_size])).to(model.device)
@@ -73,4 +74,9 @@ def draw_pictures(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[i : i + settings.batch_size]],
             output_type="pt",
         ).images
+        if broken := int((~images.isfinite().flatten(1).all(1)).sum()):
+            raise UserError(
+                f"{broken} of {len(images)} pictures are not finite: the adapter is damaged, or was trained until it broke; take an "
+                "earlier checkpoint."
+            )
         yield quantised(images)

@@ -35,7 +35,7 @@ class BatchPlan:
 def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
     """Micro-batches no larger than --max-batch-size (METHOD.md 4).
 
-    Those of training are as few and even as possible, and of an even size: sampling takes as many pairs at a time as fill
+    Those of training are of one even size, and with it as few as possible: sampling takes as many pairs at a time as fill
     whole batches of that size, the only one for which the transformer is compiled. Raises UserError where the batch sizes, pairs, optimizer steps and processes do not fit together.
     """
     pairs, steps = config.total_pairs_per_epoch, config.gradient_steps_per_epoch
@@ -61,7 +61,7 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
 
 
 def even_batch(count: int, largest: int) -> int:
-    """The size of micro-batches that divide count into as few and even parts as possible, made even where that is above 1."""
+    """The size of micro-batches that divide count into as few and equal parts as possible, lowered to an even number where that is above 1."""
     size = -(-count // -(-count // largest))
     return size - size % 2 if size > 1 else 1
 
@@ -104,8 +104,9 @@ class PicturePlan:
     pictures: PictureSettings
 
 
-def plan_pictures(config: GenerateConfig | MetricsConfig, run: TrainConfig | None) -> PicturePlan:
-    """The plan for generate.py and metrics.py; run is the config of the run that the checkpoint belongs to."""
+def plan_pictures(config: GenerateConfig | MetricsConfig, run: TrainConfig | None, guidance: float | None) -> PicturePlan:
+    """The plan for generate.py and metrics.py: run is the config of the run that the checkpoint belongs to, guidance what it was
+    trained with, where that is known."""
     base = run or PRESETS[config.preset]
     model = config.pretrained_model or base.pretrained_model
 
@@ -116,7 +117,7 @@ def plan_pictures(config: GenerateConfig | MetricsConfig, run: TrainConfig | Non
         first(config.width, base.sample.resolution),
         first(config.height, base.sample.resolution),
         first(config.num_inference_steps, base.sample.num_solver_steps),
-        first(config.guidance_scale, base.sample.guidance_scale),
+        first(config.guidance_scale, first(guidance, base.sample.guidance_scale)),
         config.batch_size,
     )
     return PicturePlan(model, base.precision != "fp32", "tiny_heldout" if base.preset == "tiny" else "showcase", settings)

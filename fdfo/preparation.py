@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fdfo.checkpoint import AUTO, Checkpoint, saved_config
+from fdfo.checkpoint import AUTO, Checkpoint, guidance_warning, saved_config
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job, check_device
 from fdfo.health import Health
@@ -44,7 +44,7 @@ class Run:
     optimizer: torch.optim.AdamW
     scale: LossScale
     progress: Progress
-    first_epoch: int  # index of the epoch that this process begins with
+    first_epoch: int  # index of the first epoch that this process does from its start
     health: Health
     held_out: HeldOut | None
     compile_seconds: float | None  # None where nothing is compiled
@@ -74,7 +74,7 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
     optimizer = make_optimizer(model, config)
     progress, scale = Progress(), LossScale.start(config.precision)
     if resumed:
-        progress, scale = load_training_state(checkpoint, config, model, optimizer)
+        progress, scale = load_training_state(checkpoint, config, split.training, model, optimizer)
         if progress.epochs > config.num_epochs or (
             config.resume_from != AUTO and complete(job, config, split, checkpoint, progress)
         ):
@@ -94,7 +94,7 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
     log = RunLog(folder, config, progress.epochs, len(progress.steps), job.is_main)
     health = Health(config.precision, log.gradient_norms)
     return Run(
-        folder, log, plan, split.training, model, reward, optimizer, scale, progress, progress.epochs, health, held_out, compile_seconds,
+        folder, log, plan, split.training, model, reward, optimizer, scale, progress, progress.epochs + bool(progress.steps), health, held_out, compile_seconds,
     )  # fmt: skip
 
 
@@ -161,6 +161,8 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
     else:
         model.load_adapter(checkpoint.folder)
         check_lora_numbers(model, config, checkpoint)
+        if warning := guidance_warning(checkpoint, config.sample.guidance_scale, "--sample.guidance-scale"):
+            job.print(warning)
     model.to_device(text_encoders=not config.memory_efficient)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
@@ -168,16 +170,21 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
 
 
 def accelerate(job: Job, config: TrainConfig, plan: BatchPlan, model: FlowModel) -> float | None:
-    """Makes the model fast; returns the seconds that compiling took. Where it fails: one warning, and the run goes on eager."""
+    """Makes the model fast; returns the seconds that compiling took. Where it fails on a rank: one warning, and that one goes on eager."""
     rows = plan.train_batch if config.compile and job.device.type == "cuda" else None
     start = time.perf_counter()
     try:
         failure = model.accelerate(rows, config.sample.resolution)
     except torch.OutOfMemoryError:  # the trial before the first epoch finds the size that fits
         failure = None
-    if failure is not None:
-        job.print(f"warning: compiling failed, so the run goes on uncompiled and slower ({failure})")
-    return None if rows is None or failure is not None else round(time.perf_counter() - start, 1)
+    failures = {rank: reason for rank, reason in enumerate(job.gather_objects(failure)) if reason is not None}
+    if failures:
+        rank = min(failures)
+        job.print(
+            f"warning: compiling failed on {len(failures)} of {job.world_size} processes, which go on uncompiled and slower; on rank "
+            f"{rank}: {failures[rank]}"
+        )
+    return None if rows is None or failures else round(time.perf_counter() - start, 1)
 
 
 def check_lora_numbers(model: FlowModel, config: TrainConfig, checkpoint: Checkpoint) -> None:

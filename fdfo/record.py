@@ -1,5 +1,6 @@
 """What an evaluation leaves in the run folder: its line of the log, its sample sheet, the link to the best checkpoint, the report."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from fdfo.manifest import text_sum
 from fdfo.preparation import Run
 from fdfo.report import write_report
 from fdfo.results import summarise
-from fdfo.selection import Evaluation, best_epoch, evaluation_of, hacking_signs
+from fdfo.selection import REWARD, Evaluation, best_epoch, evaluation_of, hacking_signs
 from fdfo.sheets import grid_sheet, save_sheet
 from fdfo.training_state import point_to_best
 from rewards import SET_SCORERS
@@ -27,6 +28,10 @@ def record(config: TrainConfig, run: Run, evaluation: Evaluation, pictures: torc
     evaluations = [*map(evaluation_of, run.log.evaluations), evaluation]
     diversities = [name for name in held_out.metrics if name in SET_SCORERS]
     warnings = hacking_signs(evaluations, held_out.metrics, diversities, config.eval_least_diversity)
+    if broken := sum(not math.isfinite(value) for value in evaluation.scores[REWARD]):
+        warnings.append(
+            f"{broken} of {len(held_out.prompts)} held-out prompts have no reward: a picture or a score is not finite"
+        )
     summaries = {name: summarise([[value] for value in values]) for name, values in evaluation.scores.items()}
     best = best_epoch(evaluations, held_out.metrics, saved_epochs(run.folder))
     run.log.write(

@@ -154,9 +154,9 @@ def evaluate(job: Job, config: TrainConfig, run: Run, stages: Stages) -> None:
         return
     total = len(held_out.own) * held_out.repeats
     with stages("evaluate", epoch, total=total, unit="pictures"):
-        images = draw_held_out(run.model, config, run.plan, held_out, stages.progress)
+        images, finite = draw_held_out(run.model, config, run.plan, held_out, stages.progress)
     with stages("evaluate", epoch):
-        evaluation = score_held_out(job, epoch, held_out, images)
+        evaluation = score_held_out(job, epoch, held_out, images, finite)
     seconds = stages.clock.take("evaluate")
     warnings = job.on_main(lambda: record(config, run, evaluation, images[:: held_out.repeats], seconds))
     report_evaluation(job, run, warnings, seconds)
@@ -183,7 +183,7 @@ def set_adapter(model: FlowModel, weights: list[torch.Tensor]) -> None:
 
 def keep(config: TrainConfig, run: Run) -> None:
     """Writes the checkpoint of where the run is, and deletes those that are no longer wanted."""
-    save_checkpoint(run.folder, config, run.progress, run.model, run.optimizer, run.scale)
+    save_checkpoint(run.folder, config, run.prompts, run.progress, run.model, run.optimizer, run.scale)
     prune_checkpoints(run.folder, config.keep_last, config.keep_every)
 
 

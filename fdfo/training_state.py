@@ -65,9 +65,18 @@ def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
 
 
 def save_checkpoint(
-    run: Path, config: TrainConfig, progress: Progress, model: FlowModel, optimizer: torch.optim.AdamW, scale: LossScale
+    run: Path,
+    config: TrainConfig,
+    prompts: list[str],
+    progress: Progress,
+    model: FlowModel,
+    optimizer: torch.optim.AdamW,
+    scale: LossScale,
 ) -> Path:
-    """Writes the checkpoint of this progress, unless it is there: adapter, optimizer, loss scale, counters, sums of the files."""
+    """Writes the checkpoint of this progress, unless it is there: adapter, optimizer, loss scale, counters, sums of the files.
+
+    prompts: those that are trained on.
+    """
     final = run / "checkpoints" / checkpoint_name(progress.epochs, len(progress.steps))
     if final.exists():  # written by this process, since one that resumes puts aside what its checkpoint does not lead to
         return final
@@ -77,6 +86,7 @@ def save_checkpoint(
         "samples": progress.samples,
         "loss_scale": dataclasses.asdict(scale),
         "settings": text_sum(fixed_settings(config)),
+        "prompts": text_sum(prompts),
     }
     try:
         with whole_folder(final) as folder:
@@ -143,12 +153,16 @@ def optimizer_tensors(model: FlowModel, optimizer: torch.optim.AdamW) -> dict[st
 
 
 def load_training_state(
-    checkpoint: Checkpoint, config: TrainConfig, model: FlowModel, optimizer: torch.optim.AdamW
+    checkpoint: Checkpoint, config: TrainConfig, prompts: list[str], model: FlowModel, optimizer: torch.optim.AdamW
 ) -> tuple[Progress, LossScale]:
-    """Restores the optimizer, and returns how far the run is and its loss scale. Raises UserError."""
+    """Restores the optimizer, and returns how far the run is and its loss scale; prompts: those to train on. Raises UserError."""
     state = read_state(checkpoint.folder)
     if state.get("settings") != text_sum(fixed_settings(config)):
         raise UserError(f"{checkpoint.folder} is a checkpoint of a run with other settings: resume from one of this run.")
+    if state.get("prompts") != text_sum(prompts):  # the order of prompts is by their place in the set
+        raise UserError(
+            f"The prompts to train on are not those of {checkpoint.folder}: restore the prompt file, or start a new run."
+        )
     try:
         load_optimizer(load_file(checkpoint.folder / TENSORS), model, optimizer)
         steps = [StepStats(**step) for step in state["steps"]]

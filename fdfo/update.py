@@ -58,7 +58,7 @@ class StepStats:
     loss: float
     clipfrac: float
     ratio_mean: float
-    ratio_first: float  # the ratio of rank 0's samples farthest from 1; 1 at the first step of an epoch
+    ratio_first: float  # the sample's ratio that is farthest from 1; 1 at the first step of an epoch
     grad_norm: float
     loss_scale: float
     applied: bool
@@ -193,10 +193,11 @@ def optimizer_step(
     while True:
         optimizer.zero_grad()
         used = scale.value
-        sums, ratio_first = accumulate_gradient(data, samples, total, used, asked)
+        sums, ratio = accumulate_gradient(data, samples, total, used, asked)
         reduce_gradient(job, parameters, used)
+        ratio_first = farthest_ratio(job.gather_objects(ratio))
         if first:
-            check_ratio(job, ratio_first, config.precision)
+            check_ratio(ratio_first, config.precision)
         sums = job.sum(sums.to(job.device)).cpu()
         if sums[4] > 0:
             optimizer.zero_grad()
@@ -214,11 +215,15 @@ def optimizer_step(
     return StepStats(loss, clipped, ratio, ratio_first, float(norm), used, finite)
 
 
-def check_ratio(job: Job, ratio: float, precision: str) -> None:
+def farthest_ratio(ratios: list[float]) -> float:
+    """The one farthest from 1, one that is not finite before all others."""
+    return max(ratios, key=lambda ratio: abs(ratio - 1) if math.isfinite(ratio) else math.inf)
+
+
+def check_ratio(ratio: float, precision: str) -> None:
     """Sampling and training must see the same velocity: at unchanged weights the ratio is 1 (METHOD.md 4)."""
-    worst = max(job.gather_objects(ratio), key=lambda value: abs(value - 1) if math.isfinite(value) else math.inf)
-    if not abs(worst - 1) <= RATIO_TOLERANCE[precision]:
+    if not abs(ratio - 1) <= RATIO_TOLERANCE[precision]:
         raise UserError(
-            f"The surrogate ratio at unchanged weights is {worst:.6f} instead of 1: sampling and training disagree, so this run "
+            f"The surrogate ratio at unchanged weights is {ratio:.6f} instead of 1: sampling and training disagree, so this run "
             "would learn noise; use --precision fp32 or fp16, and the same model and libraries on all processes."
         )

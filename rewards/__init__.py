@@ -2,7 +2,8 @@
 
 A scorer is an object with `score(prompts: list[str], images: Tensor [N, 3, H, W] float in [0, 1] or uint8) -> Tensor [N]
 float32`. It may have `check_prompts(prompts: list[str])`, which raises UserError for prompts that it cannot judge,
-`description`, a text for the log, and `model`, a torch.nn.Module that --offload-scorers may keep in host memory. Training and evaluation use the same classes; training hands over floats, evaluation uint8.
+`description`, a text for the log, and `model`, a torch.nn.Module that waits in host memory with --offload-scorers, or where
+evaluations alone use it. Training and evaluation use the same classes; training hands over floats, evaluation uint8.
 
 A set scorer compares the pictures of one prompt with each other. It has `score_sets(images: Tensor [N, 3, H, W] uint8,
 counts: list[int]) -> Tensor [P] float32`, one number a prompt, and is a metric only.

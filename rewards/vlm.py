@@ -65,7 +65,8 @@ class Vlm:
         """logit Yes - logit No at the answer position: texts [N] from dialogue(), images [N, 3, H, W] -> [N] float32.
 
         N is at most MAX_BATCH. On a GPU, whose kernels round differently for other shapes, the rows and the length are filled
-        up, so that a picture's score does not depend on how many others this process has.
+        up, so that a picture's score does not depend on how many others this process has, while no caption is longer than
+        LENGTH_STEP allows.
         """
         rows, step = len(texts), 1
         if self.job.device.type == "cuda":

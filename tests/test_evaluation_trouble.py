@@ -18,6 +18,7 @@ from test_training import comparable, log_of
 from fdfo.checkpoint import all_checkpoints, find_checkpoint
 from fdfo.config import UserError
 from fdfo.heldout import split_prompts
+from fdfo.model import FlowModel
 from fdfo.preemption import Stopped
 from fdfo.selection import best_epoch
 from fdfo.sheets import ShownPair, grid_sheet, pair_sheet, save_sheet
@@ -32,6 +33,22 @@ def test_a_metric_without_scores_at_the_start_has_no_say():
         start.scores["other"] = values
         assert best_epoch([start, later], ["clip", "other"], {5}) == 5
         assert best_epoch([start, later], ["other"], {5}) is None
+
+
+def test_a_picture_that_is_not_finite_has_no_score_and_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decode = FlowModel.decode
+
+    def one_broken(model: FlowModel, latents: torch.Tensor) -> torch.Tensor:
+        images = decode(model, latents)
+        if len(images) == 4:  # two held-out prompts with two pictures each; a training batch has more
+            images[3] = math.nan
+        return images
+
+    monkeypatch.setattr(FlowModel, "decode", one_broken)
+    run = train(JOB, evaluated(tmp_path, num_epochs=1), None).folder
+    line = log_of(run, "eval")[0]
+    assert all(len(values) == 2 and values[0] is not None and values[1] is None for values in line["scores"].values())
+    assert line["warnings"] == ["1 of 2 held-out prompts have no reward: a picture or a score is not finite"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

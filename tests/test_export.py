@@ -65,7 +65,7 @@ def drawn(checkpoint: Path | None, **flags: object) -> torch.Tensor:
     """The pictures [2, 3, 64, 64] as generate.py draws them."""
     found = find_checkpoint(str(checkpoint)) if checkpoint else None
     config = GenerateConfig(Path("x.png"), preset="tiny", guidance_scale=2.0, num_inference_steps=4, **flags)
-    plan = plan_pictures(config, saved_config(found) if found else None)
+    plan = plan_pictures(config, saved_config(found) if found else None, None)
     model = load_for_pictures(plan, checkpoint, CPU)
     return torch.cat(list(draw_pictures(model, encode_for_pictures(model, PROMPTS), [0, 1], SEEDS, plan.pictures))).int()
 

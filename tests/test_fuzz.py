@@ -110,7 +110,7 @@ def test_config_json(folder: Path, values: object):
     with contextlib.suppress(UserError):
         config = read_config(path)
         assert isinstance(config, TrainConfig)
-        plan_pictures(GenerateConfig(out=Path("x.png")), config)
+        plan_pictures(GenerateConfig(out=Path("x.png")), config, None)
         plan_batches(parse_train_config([], config), 1)
         model_card(Origin(config.pretrained_model, config, True, None, 1), merged=False)
 

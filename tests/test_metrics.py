@@ -161,9 +161,9 @@ def test_guidance_other_than_in_training_is_warned_about(run_cli, run_folder: Pa
     few = ("--checkpoint", run_folder / "checkpoints" / "epoch-0000001")
     scored = (*few, "--prompt-set", "tiny_heldout", "--num-prompts", 1, "--metrics", "scene")
     assert "warning" not in run_cli("metrics", *scored)[1]
-    assert "trained with guidance 2 and is drawn with 1" in run_cli("metrics", *scored, "--guidance-scale", 1)[1]
+    assert "trained with guidance 2 and is sampled with 1" in run_cli("metrics", *scored, "--guidance-scale", 1)[1]
     drawn = (*few, "--prompts", CAPTIONS[0], "--out", tmp_path / "x.png", "--guidance-scale", 1)
-    assert "trained with guidance 2 and is drawn with 1" in run_cli("generate", *drawn)[1]
+    assert "trained with guidance 2 and is sampled with 1" in run_cli("generate", *drawn)[1]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,18 @@ def test_guidance_in_a_published_name(run_folder: Path, tmp_path: Path, name: st
     folder = tmp_path / name / "epoch-0000001"
     shutil.copytree(run_folder / "checkpoints" / "epoch-0000001", folder)
     assert trained_guidance(find_checkpoint(str(folder))) == guidance
+
+
+def test_a_published_adapter_is_drawn_with_its_guidance(run_cli, run_folder: Path, tmp_path: Path):
+    """And so is the base beside it."""
+    folder, out = tmp_path / "fdfo-cfg-4.5" / "epoch-0000001", tmp_path / "m.json"
+    shutil.copytree(run_folder / "checkpoints" / "epoch-0000001", folder)
+    scored = ("--preset", "tiny", "--prompt-set", "tiny_heldout", "--num-prompts", 1, "--metrics", "scene")
+    code, text, err = run_cli("metrics", "--checkpoint", folder, "base", *scored, "--out", out)
+    assert code == 0 and "warning" not in text, err
+    assert [result["pictures"]["guidance"] for result in read(out)["results"]] == [4.5, 4.5]
+    drawn = ("--preset", "tiny", "--prompts", CAPTIONS[0], "--grid-cols", 1, "--out", tmp_path / "x.png")
+    assert "guidance=4.5" in run_cli("generate", "--checkpoint", folder, *drawn)[1]
 
 
 # -- pictures on disk

@@ -1,6 +1,7 @@
 """The model wrapper: what the LoRA binds to, its file, text length, decoding, and adapters that do not fit."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from fdfo.adapter import lora_targets
 from fdfo.config import TrainConfig, UserError
 from fdfo.model import FlowModel
+from fdfo.pictures import draw_pictures, encode_for_pictures
+from fdfo.plan import PictureSettings
 from fdfo.text import text_length
 from fdfo.training_state import Progress, save_checkpoint
 from fdfo.update import LossScale, make_optimizer
@@ -83,7 +86,7 @@ def test_text_is_padded_to_the_trained_length(tiny):
 
 def save(model: FlowModel, folder: Path) -> Path:
     return save_checkpoint(
-        folder, TrainConfig(), Progress(1), model, make_optimizer(model, TrainConfig()), LossScale.start("fp32")
+        folder, TrainConfig(), [], Progress(1), model, make_optimizer(model, TrainConfig()), LossScale.start("fp32")
     )
 
 
@@ -151,9 +154,32 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path: Path):
     refused(edit_config(r=16), "does not fit tiny")
     refused(edit_tensors(lambda tensors: tensors.popitem()), "does not fit tiny")
     refused(edit_tensors(lambda tensors: tensors.update(stranger=torch.zeros(1))), "does not fit tiny")
+    refused(edit_tensors(lambda tensors: next(iter(tensors.values())).fill_(math.nan)), "numbers that are not finite")
     refused(lambda spoilt: (spoilt / "adapter_model.safetensors").write_bytes(b"junk"), "does not fit tiny")
     refused(lambda spoilt: (spoilt / "adapter_config.json").write_text("{"), "adapter_config.json")
     refused(lambda spoilt: (spoilt / "adapter_config.json").unlink(), "holds no adapter")
+
+
+def test_the_dropout_of_a_foreign_adapter_is_not_applied(tiny, tmp_path: Path):
+    names = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    targets = [f"attn.{name}" for name in names]
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets, lora_dropout=0.5)
+    get_peft_model(FlowModel("tiny", "fp32", CPU).pipe.transformer, config).save_pretrained(tmp_path)
+    tiny.load_adapter(tmp_path)
+    text = encode_for_pictures(tiny, ["a red ring on a blue background"])
+    settings = PictureSettings(width=64, height=64, steps=2, guidance=1.0, batch_size=1)
+    one, two = (next(draw_pictures(tiny, text, [0], [0], settings)) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_pictures_that_are_not_finite_are_not_drawn_black(tiny):
+    tiny.add_lora(4, 8, seed=0)
+    with torch.no_grad():
+        tiny.trainable()[1].fill_(math.nan)
+    text = encode_for_pictures(tiny, ["a red ring on a blue background"])
+    settings = PictureSettings(width=64, height=64, steps=2, guidance=1.0, batch_size=1)
+    with pytest.raises(UserError, match="1 of 1 pictures are not finite: the adapter is damaged"):
+        next(draw_pictures(tiny, text, [0], [0], settings))
 
 
 def test_models_that_cannot_be_had_are_refused(tmp_path: Path):

@@ -18,6 +18,7 @@ from fdfo.config import TrainConfig
 from fdfo.distributed import Job
 from fdfo.model import FlowModel
 from fdfo.preemption import Stopped
+from fdfo.preparation import prepare
 from fdfo.trainer import train
 
 STATE_FILES = ("adapter_model.safetensors", "training_state.safetensors")
@@ -81,6 +82,9 @@ def test_each_step_of_an_epoch_can_be_the_last(job: Job, tmp_path: Path, straigh
     """Stopped again and again within one epoch, which is sampled again each time by the adapter of its start."""
     config = small(tmp_path, num_epochs=3, save_freq=1)
     run = stopped(job, config, "reduce_gradient", signal.SIGTERM)
+    again = prepare(job, config, find_checkpoint(str(run)))
+    assert again.progress.epochs == 1 and again.first_epoch == 2  # the first one whose ratio at unchanged weights it can check
+    again.log.close()
     for step in (2, 3):
         with signal_inside("reduce_gradient", signal.SIGTERM), pytest.raises(Stopped):
             train(job, config, find_checkpoint(str(run)))

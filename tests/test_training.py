@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from fdfo.config_file import config_from_json
 from fdfo.distributed import Job
 from fdfo.logger import RunLog
 from fdfo.preparation import Run, prepare
+from fdfo.prompts import load_prompts
 from fdfo.rollout import encode_prompts, sample_share, score_share
 from fdfo.trainer import train
-from fdfo.update import EpochData, LossScale, optimizer_step, step_samples
+from fdfo.update import EpochData, LossScale, farthest_ratio, optimizer_step, step_samples
 
 TINY = PRESETS["tiny"]
 
@@ -90,7 +92,7 @@ def test_resume_from_a_run_needs_no_other_flag(run_cli, tmp_path: Path, job: Job
     assert len(list(tmp_path.iterdir())) == 1 and len(log_of(run, "epoch")) == 2
 
 
-def test_adapter_without_state_starts_a_new_run(run_cli, tmp_path: Path, job: Job):
+def test_adapter_without_state_starts_a_new_run(tmp_path: Path, job: Job, capsys):
     config = small(tmp_path / "first")
     checkpoint = train(job, config, None).folder / "checkpoints" / "epoch-0000001"
     published = tmp_path / "published"
@@ -99,6 +101,9 @@ def test_adapter_without_state_starts_a_new_run(run_cli, tmp_path: Path, job: Jo
         shutil.copy(checkpoint / name, published)
     run = train(job, dataclasses.replace(config, runs_dir=tmp_path / "second"), find_checkpoint(str(published)))
     assert run.folder.name.startswith("00000-") and log_of(run.folder, "epoch")[0]["epoch"] == 1
+    published = published.rename(tmp_path / "fdfo-cfg-4.5")
+    train(job, dataclasses.replace(config, runs_dir=tmp_path / "third"), find_checkpoint(str(published)))
+    assert "trained with guidance 4.5 and is sampled with 1: --sample.guidance-scale 4.5 suits it" in capsys.readouterr().out
     with pytest.raises(UserError, match="--lora-rank 32 --lora-alpha 64"):
         train(job, dataclasses.replace(config, lora_rank=8), find_checkpoint(str(published)))
 
@@ -119,6 +124,17 @@ def test_resume_with_changed_numbers_is_refused(job: Job, tmp_path: Path, change
     with pytest.raises(UserError, match=says):
         train(job, dataclasses.replace(config, num_epochs=2, **change), find_checkpoint(str(run)))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resume_with_other_prompts_to_train_on_is_refused(job: Job, tmp_path: Path):
+    """The held-out ones are the same, and the others are too but for their order."""
+    file, prompts = tmp_path / "prompts.txt", load_prompts("tiny")[:8]
+    file.write_text("\n".join(prompts))
+    config = small(tmp_path / "runs", prompt_set=str(file))
+    run = train(job, config, None).folder
+    file.write_text("\n".join(reversed(prompts)))
+    with pytest.raises(UserError, match="prompts to train on are not those of .*epoch-0000001: restore the prompt file"):
+        train(job, dataclasses.replace(config, num_epochs=2), find_checkpoint(str(run)))
 
 
 def test_resume_of_a_finished_run_says_so(job: Job, tmp_path: Path):
@@ -226,6 +242,10 @@ def test_sampling_and_training_must_agree(job: Job, tmp_path: Path):
             run.scale,
             first=True,
         )
+
+
+def test_the_ratio_of_the_worst_process_counts():
+    assert farthest_ratio([1.0, 1.001, 0.9]) == 0.9 and math.isnan(farthest_ratio([3.0, math.nan]))
 
 
 @pytest.mark.parametrize("name,says", [("Constant", "the same score 7.0"), ("NotANumber", "not finite")])
