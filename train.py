@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fdfo.command_line import check_own_code, flag_value, parse_train_config, timeout_minutes
-from fdfo.config import TrainConfig
+from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job, check_device, run_command_line, start_job
 
 if TYPE_CHECKING:
@@ -32,17 +32,19 @@ def read_command_line(job: Job, argv: list[str]) -> "tuple[TrainConfig, Checkpoi
     resume_from = flag_value(argv, "--resume-from")
     if not resume_from:
         return parse_train_config(argv, quiet=not job.is_main), None, None
-    from fdfo.checkpoint import AUTO, find_checkpoint, find_own_run, saved_config
+    from fdfo.checkpoint import AUTO, find_own_run, find_run_checkpoint, saved_config
 
     if resume_from == AUTO:
         config = parse_train_config(argv, quiet=not job.is_main)
         return config, *job.on_main(lambda: find_own_run(config))
-    checkpoint = job.on_main(lambda: find_checkpoint(resume_from))
+    checkpoint = job.on_main(lambda: find_run_checkpoint(resume_from))
     saved = saved_config(checkpoint) if checkpoint.resumable else None
     config = parse_train_config(argv, saved, quiet=not job.is_main)
     assert config.resume_from == resume_from
     if saved is not None:
         check_own_code(argv, config)
+        if flag_value(argv, "--runs-dir") and config.runs_dir.resolve() != checkpoint.run.parent:
+            raise UserError(f"--runs-dir has no effect on a run that goes on in {checkpoint.run}: leave it out.")
     return config, checkpoint, None
 
 

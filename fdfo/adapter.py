@@ -46,7 +46,11 @@ def fill_lora(peft: PeftModel, folder: Path, name: str) -> None:
     try:
         tensors = load_file(folder / ADAPTER)
         result = set_peft_model_state_dict(peft, tensors)
-    except (RuntimeError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise UserError(
+            f"The adapter in {folder} cannot be read ({error}): restore the file, or give another checkpoint."
+        ) from error
+    except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"The adapter in {folder} does not fit {name} ({reason}): give its own base model.") from error
     if not all(tensor.isfinite().all() for tensor in tensors.values()):

@@ -18,7 +18,7 @@ CHECKPOINT_NAME = re.compile(r"epoch-(\d{7,})(?:-step-(\d{7,}))?")
 STATE, TENSORS, EPOCH_START = "training_state.json", "training_state.safetensors", "epoch_start.safetensors"
 CARD = "README.md"  # the model card, which is what the hub shows of a folder
 FIXED_ON_RESUME = (
-    "seed", "vlm_model_name", "lora_rank", "lora_alpha", "pretrained_model", "prompt_set", "total_pairs_per_epoch", "gradient_steps_per_epoch",
+    "preset", "run_name", "seed", "vlm_model_name", "lora_rank", "lora_alpha", "pretrained_model", "prompt_set", "total_pairs_per_epoch", "gradient_steps_per_epoch",
     "sample", "churn", "reward_preset", "reward_specs", "precision", "eval_prompts", "eval_prompt_set", "eval_metrics",
 )  # fmt: skip
 FREE_FOR_AUTO = (
@@ -73,6 +73,17 @@ def find_checkpoint(text: str) -> Checkpoint:
     return Checkpoint(folder, parent.parent if in_run else None)
 
 
+def find_run_checkpoint(text: str) -> Checkpoint:
+    """find_checkpoint for training. Raises UserError also for a training state whose run's config is not there."""
+    checkpoint = find_checkpoint(text)
+    if checkpoint.run is None and (checkpoint.folder / STATE).is_file():
+        raise UserError(
+            f"{checkpoint.folder} has a training state, but no config.json two folders up: copy the whole run folder, or leave the "
+            "training_state files out to start a new run from the adapter."
+        )
+    return checkpoint
+
+
 def read_state(folder: Path) -> dict:
     """The training state of a checkpoint folder. Raises UserError unless all of the folder is as it was written."""
     return sealed_state(folder, STATE, ("adapter_config.json", ADAPTER, LORA_FILE, CARD, TENSORS, EPOCH_START))
@@ -120,14 +131,18 @@ def find_own_run(config: TrainConfig) -> tuple[Checkpoint | None, Path | None]:
     That run is the folder in --runs-dir with the highest number whose config.json differs in FREE_FOR_AUTO at most; where
     there is none, neither is given.
     """
+    wanted = deciding_settings(config)
     for folder in sorted(config.runs_dir.glob("[0-9]" * 5 + "-*"), reverse=True):
         try:
             saved = read_config(folder / "config.json")
-        except UserError:  # not a run of this version, so not this one
+        except UserError as error:
+            print(f"warning: {folder.name} is passed over: {error}", flush=True)
             continue
-        if deciding_settings(saved) == deciding_settings(config):
+        differing = [name for name, value in vars(deciding_settings(saved)).items() if value != getattr(wanted, name)]
+        if not differing:
             newest = newest_whole(folder)
             return (None, folder) if newest is None else (Checkpoint(newest, folder), None)
+        print(f"{folder.name} is another run, it differs in {', '.join(differing)}", flush=True)
     return None, None
 
 

@@ -16,6 +16,8 @@ def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, qu
     default = saved or PRESETS.get(flag_value(argv, "--preset"), PRESETS["sd35-medium"])
     config = tyro.cli(TrainConfig, args=list(argv), default=default, console_outputs=not quiet)
     check_train_config(config)
+    if config.reward_specs and flag_value(argv, "--reward-preset"):
+        raise UserError("--reward-preset has no effect beside --reward-specs: leave one of them out.")
     return config
 
 
@@ -53,6 +55,7 @@ def check_own_code(argv: Sequence[str], config: TrainConfig) -> None:
 
 def check_train_config(config: TrainConfig) -> None:
     """Raises UserError for numbers that no run can have."""
+    check_not_empty("--resume-from", config.resume_from)
     at_least_one = {
         "--sample.num-solver-steps": config.sample.num_solver_steps,
         "--sample.resolution": config.sample.resolution,
@@ -106,11 +109,18 @@ def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
     config = tyro.cli(GenerateConfig, args=list(argv))
     if config.out.suffix.lower() not in (".jpg", ".jpeg", ".png"):
         raise UserError(f"--out {config.out} is no picture file: end it with .jpg or .png.")
+    check_not_empty("--checkpoint", config.checkpoint)
     if config.prompts and config.prompt_file:
         raise UserError("--prompts and --prompt-file exclude each other: leave one out.")
     if min(config.columns, config.grid_cols, config.grid_rows, config.batch_size) < 1 or not 0 <= config.seed < 2**31:
         raise UserError("--columns, --grid-cols, --grid-rows and --batch-size must be 1 or more, --seed in 0 to 2^31 - 1.")
     return config
+
+
+def check_not_empty(flag: str, value: str | None) -> None:
+    """Raises UserError for an empty text, which is what a shell makes of a variable that is not set."""
+    if value == "":
+        raise UserError(f"{flag} is empty: give a checkpoint, or leave the flag out.")
 
 
 def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsConfig:
@@ -119,6 +129,10 @@ def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsCon
         raise UserError("--metrics names no scorer: give one or more, such as --metrics pickscore.")
     if min(config.num_prompts, config.num_repeats, config.batch_size) < 1:
         raise UserError("--num-prompts, --num-repeats and --batch-size must be 1 or more.")
+    if config.out is not None and config.out.suffix.lower() != ".json":
+        raise UserError(f"--out {config.out} is no JSON file: end it with .json; a plot goes beside it.")
+    for name in config.checkpoint:
+        check_not_empty("--checkpoint", name)
     if config.per_prompt and config.out is None:
         raise UserError("--per-prompt goes into the JSON file: add --out.")
     if config.images is not None:
@@ -143,6 +157,7 @@ def check_no_drawing(config: MetricsConfig) -> None:
 
 def parse_export_config(argv: Sequence[str]) -> ExportConfig:
     config = tyro.cli(ExportConfig, prog="python -m fdfo.export", args=list(argv), config=(tyro.conf.PositionalRequiredArgs,))
+    check_not_empty("the checkpoint", config.checkpoint)
     if config.lora is None and config.merge is None and config.push_to_hub is None:
         raise UserError("There is nothing to write: give --lora FOLDER, --merge FOLDER or --push-to-hub OWNER/NAME.")
     if config.lora is not None and config.merge is not None:

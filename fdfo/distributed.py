@@ -167,6 +167,10 @@ def run_command_line(main: Callable[[], None]) -> None:
         print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
         leave_job(2)
         sys.exit(2)
+    except KeyboardInterrupt:  # outside a run's epochs, which end with a checkpoint
+        print("stopped", file=sys.stderr, flush=True)
+        leave_job(130)
+        sys.exit(130)
     leave_job(0)
 
 

@@ -8,12 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import diffusers
-import httpx
 import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import create_repo, hf_hub_download, model_info, snapshot_download, upload_folder
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from fdfo.adapter_config import check_adapter_config
 from fdfo.config import UserError
@@ -27,6 +26,7 @@ HPDV2 = "zhwang/HPDv2"
 HPDV2_STYLES, HPDV2_SIZE = ("anime", "concept-art", "paintings", "photo"), 3200
 HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/tree/([\w.-]+)/([\w./-]+?)/?", re.ASCII)
 HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+?)/?", re.ASCII)
+TransportError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)  # httpx's in hub 1, httpx2's in hub 2
 LARGEST_ADAPTER = 2**33  # bytes; the method's adapter of SD3.5 Medium has 75 million
 diffusers.utils.logging.disable_progress_bar()  # a bar for every part of every model, on every rank
 transformers.utils.logging.disable_progress_bar()
@@ -54,7 +54,7 @@ def hub_errors(name: str) -> Iterator[None]:
         raise UserError(
             f"The hub has no repository {name}, or it is private or gated: check the name, accept its licence, `hf auth login`."
         ) from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, TransportError) as error:
         raise UserError(
             f"{name} cannot be loaded ({reason(error)}): check the name and the network; for a gated model accept its licence "
             "and run `hf auth login`; a folder must hold a complete model."
@@ -73,7 +73,7 @@ def push_errors(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:  # RuntimeError is what the hub's Xet client raises
+    except (OSError, ValueError, RuntimeError, TransportError) as error:  # RuntimeError is what the hub's Xet client raises
         raise UserError(
             f"{name} on the hub cannot be written ({reason(error)}): run `hf auth login` with a token that may write there, check the "
             "name and the network."

@@ -33,9 +33,16 @@ class RunLog:
             mark = run / "wandb_id.txt"  # a resumed run goes on in its own W&B run
             if not mark.exists():
                 mark.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
-            self.wandb = wandb.init(
-                project="fdfo", name=run.name, dir=run, config=config_to_dict(config), resume="allow", id=mark.read_text().strip()
-            )
+            name, identity = run.name, mark.read_text().strip()
+            try:
+                self.wandb = wandb.init(
+                    project="fdfo", name=name, dir=run, config=config_to_dict(config), resume="allow", id=identity
+                )
+            except wandb.errors.Error as error:
+                raise UserError(
+                    f"Weights & Biases cannot be used ({str(error)[:200]}): run `wandb login`, set WANDB_MODE=offline, or leave "
+                    "--log-wandb out."
+                ) from error
 
     def write(self, kind: str, epoch: int, **values: object) -> None:
         """Appends one object. epoch counts whole epochs done once this line's epoch is over."""

@@ -232,7 +232,7 @@ class FlowModel:
         """C, H, W of the latents of square pictures. Raises UserError for a resolution the model cannot draw."""
         step, config = self.resolution_step, self.pipe.transformer.config
         largest = config.pos_embed_max_size * step
-        if resolution % step or resolution > largest:
+        if resolution % step or not 0 < resolution <= largest:
             raise UserError(f"The resolution {resolution} does not fit {self.name}: give a multiple of {step} up to {largest}.")
         size = resolution // self.pipe.vae_scale_factor
         return (config.in_channels, size, size)

@@ -61,7 +61,7 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
 
 
 def even_batch(count: int, largest: int) -> int:
-    """The size of micro-batches that divide count into as few and equal parts as possible, lowered to an even number where that is above 1."""
+    """The size of micro-batches that divide count into as few and equal parts as possible, lowered to an even number above 1."""
     size = -(-count // -(-count // largest))
     return size - size % 2 if size > 1 else 1
 
@@ -77,7 +77,7 @@ def plan_churn(churn: ChurnConfig) -> dict[str, float]:
             raise UserError(
                 f"--churn.{name.replace('_', '-')} has no effect with --churn.schedule {churn.schedule}: leave it out."
             )
-        if not math.isfinite(value) or (name != "mu" and value < 0) or (name == "soft_sd" and value == 0):
+        if not math.isfinite(value) or (name != "mu" and value < 0) or (name in ("weight", "soft_sd") and value == 0):
             raise UserError(f"--churn.{name.replace('_', '-')} is {value}: give a positive number.")
         numbers[name] = value
     return numbers

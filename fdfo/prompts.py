@@ -37,7 +37,7 @@ def load_prompts(name: str) -> list[str]:
     if name in PUBLISHED_SHA256 and hashlib.sha256(content).hexdigest() != PUBLISHED_SHA256[name]:
         raise UserError(f"{path} is not the published file (its SHA-256 differs): fetch it again with\n  {PICKSCORE_COMMAND}")
     try:
-        lines = content.decode("utf-8").split("\n")  # no other character ends a prompt
+        lines = content.decode("utf-8-sig").split("\n")  # no other character ends a prompt
     except UnicodeDecodeError as error:
         raise UserError(f"The prompt file {path} is not UTF-8 text: save it as UTF-8.") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -1,5 +1,6 @@
 """Prompts to the text embeddings that the transformer takes (METHOD.md 4 and 5)."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,22 @@ from diffusers import StableDiffusion3Pipeline
 TRAINING_TEXT_LENGTH = 128  # T5 tokens in training
 PICTURE_TEXT_LENGTH = 256  # T5 tokens for evaluation pictures
 TEXT_BATCH = 16  # prompts
+
+
+class Once(logging.Filter):
+    """Lets a message about long prompts through once, without the prompts: the pipeline tells of each, in every epoch."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "truncated" not in record.getMessage():
+            return True
+        record.msg, record.args = "Some prompts are longer than a text encoder reads: it leaves out the rest of them.", ()
+        first, self.told = not self.told, True
+        return first
+
+
+logging.getLogger("diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3").addFilter(Once())
 
 
 @dataclass(frozen=True)

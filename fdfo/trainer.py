@@ -106,6 +106,11 @@ def collect(job: Job, config: TrainConfig, run: Run, stages: Stages) -> Experien
         differences = score_share(rollout, images, run.reward)
     if run.progress.samples == 0:
         check_first_scores(gather_scores(job, differences.scores))
+    if all(job.gather_objects(bool(differences.dropped.all()))):
+        raise UserError(
+            f"No pair of epoch {epoch + 1} has finite pictures and rewards, so the adapter has broken: go on from an earlier checkpoint "
+            "with a lower --train.learning-rate."
+        )
     shown = shown_pairs(rollout, differences, images) if evaluated_after(config, run, epoch + 1) else []
     return Experience(rollout, differences, one_colour(images), shown)
 
@@ -138,6 +143,11 @@ def update(job: Job, config: TrainConfig, run: Run, stages: Stages, experience: 
         progress.steps.append(stats)
         progress.samples += total
         run.log.write("step", epoch + 1, step=len(progress.steps), **vars(stats))
+    if not any(step.applied for step in progress.steps):
+        raise UserError(
+            f"No optimizer step of epoch {epoch + 1} had a finite gradient: look at the reward's size, or go on from an earlier "
+            "checkpoint with a lower --train.learning-rate."
+        )
 
 
 def evaluated_after(config: TrainConfig, run: Run, epochs: int) -> bool:

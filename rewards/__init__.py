@@ -12,7 +12,9 @@ counts: list[int]) -> Tensor [P] float32`, one number a prompt, and is a metric 
 import importlib
 import math
 import sys
+import traceback
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -86,10 +88,25 @@ def _own_class(name: str) -> type:
     module_name, _, class_name = name.partition(":")
     try:
         return getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise UserError(
-            f"The scorer {name} cannot be imported ({error}): check MODULE:CLASS and where you start from."
+            f"The scorer {name} cannot be imported ({reason(error)}): check MODULE:CLASS and where you start from."
         ) from error
+
+
+def _own_scorer(name: str, device: torch.device) -> Scorer | SetScorer:
+    """A scorer of the user's own. Raises UserError where it cannot be made, or cannot score."""
+    try:
+        scorer = _own_class(name)(device=device)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"The scorer {name} cannot be made ({reason(error)}): its class is called with device=... alone."
+        ) from error
+    if not callable(getattr(scorer, "score", None)):
+        raise UserError(f"The scorer {name} has no method score(prompts, images): add it.")
+    return scorer
 
 
 def build_scorers(
@@ -117,7 +134,7 @@ def build_scorers(
 def build_scorer(name: str, job: Job) -> Scorer | SetScorer:
     """One scorer that shares nothing with others: any but the VLM's."""
     if ":" in name:
-        return _own_class(name)(device=job.device)
+        return _own_scorer(name, job.device)
     if name in CLIP_SCORERS:
         from rewards.clip import CLIP_MODELS, ClipScorer
 
@@ -143,9 +160,14 @@ def describe(scorers: dict[str, Scorer | SetScorer]) -> dict[str, str]:
 
 def check_prompts(scorers: dict[str, Scorer | SetScorer], prompts: list[str]) -> None:
     """Raises UserError where a scorer that looks at prompts beforehand cannot judge one of them."""
-    for scorer in scorers.values():
+    for name, scorer in scorers.items():
         if hasattr(scorer, "check_prompts"):
-            scorer.check_prompts(prompts)
+            try:
+                scorer.check_prompts(prompts)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f"The scorer {name} failed in check_prompts ({reason(error)}): mend it.") from error
 
 
 def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
@@ -154,6 +176,7 @@ def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.
     A failure such as a lost connection may pass, so a scorer is tried again once; not where several ranks share one model,
     since the others would be at another place.
     """
+    version = images._version
     try:
         values = scorer.score(prompts, images)
     except UserError:
@@ -166,6 +189,8 @@ def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.
             values = scorer.score(prompts, images)
         except Exception as again:
             raise UserError(f"The scorer {name} failed twice in a row ({reason(again)}): mend it, then resume.") from again
+    if images._version != version:
+        raise UserError(f"The scorer {name} writes into its pictures, which others score too: let it work on a copy.")
     if not isinstance(values, torch.Tensor) or values.shape != (len(prompts),):
         got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         raise UserError(f"The scorer {name} returned {got} for {len(prompts)} pictures: return a tensor with one number each.")
@@ -173,9 +198,10 @@ def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.
 
 
 def reason(error: Exception) -> str:
-    """An exception in half a line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:200]
+    """An exception in half a line, with the place that raised it."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text}, in {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else text
 
 
 class WeightedReward:

@@ -53,6 +53,36 @@ class SometimesNotANumber(Brightness):
         return super().score(prompts, images).index_fill(0, torch.arange(7, len(images), 100), float("nan"))
 
 
+class NeverAgain(Brightness):
+    """Works in the first epoch; later no picture has a score, as where the adapter has broken."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        scores = super().score(prompts, images)
+        return scores if self.calls == 1 else torch.full_like(scores, float("nan"))
+
+
+class Huge(Brightness):
+    """No gradient of it is finite."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        return 1e36 * super().score(prompts, images)
+
+
+class NoConstructor(Brightness):
+    def __init__(self):
+        self.calls = 0
+
+
+class NoScore:
+    def __init__(self, device: torch.device):
+        pass
+
+
+class Paints(Brightness):
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        return super().score(prompts, images.zero_())
+
+
 class FailsOnce(Brightness):
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         scores = super().score(prompts, images)

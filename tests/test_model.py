@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -155,7 +156,7 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path: Path):
     refused(edit_tensors(lambda tensors: tensors.popitem()), "does not fit tiny")
     refused(edit_tensors(lambda tensors: tensors.update(stranger=torch.zeros(1))), "does not fit tiny")
     refused(edit_tensors(lambda tensors: next(iter(tensors.values())).fill_(math.nan)), "numbers that are not finite")
-    refused(lambda spoilt: (spoilt / "adapter_model.safetensors").write_bytes(b"junk"), "does not fit tiny")
+    refused(lambda spoilt: (spoilt / "adapter_model.safetensors").write_bytes(b"junk"), "cannot be read")
     refused(lambda spoilt: (spoilt / "adapter_config.json").write_text("{"), "adapter_config.json")
     refused(lambda spoilt: (spoilt / "adapter_config.json").unlink(), "holds no adapter")
 
@@ -180,6 +181,17 @@ def test_pictures_that_are_not_finite_are_not_drawn_black(tiny):
     settings = PictureSettings(width=64, height=64, steps=2, guidance=1.0, batch_size=1)
     with pytest.raises(UserError, match="1 of 1 pictures are not finite: the adapter is damaged"):
         next(draw_pictures(tiny, text, [0], [0], settings))
+
+
+def test_long_prompts_are_told_of_once_and_not_repeated(tiny, caplog: pytest.LogCaptureFixture):
+    diffusers.utils.logging.enable_propagation()
+    try:
+        for _ in range(3):
+            tiny.encode(["a red ring on a blue background " * 20, "a red ring on a blue background"])
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    told = {id(record): record.getMessage() for record in caplog.records if record.name.startswith("diffusers")}
+    assert len(told) <= 1 and not any("red ring" in text for text in told.values())
 
 
 def test_models_that_cannot_be_had_are_refused(tmp_path: Path):

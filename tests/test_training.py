@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fdfo.checkpoint import find_checkpoint
+from fdfo.checkpoint import find_checkpoint, find_run_checkpoint
 from fdfo.config import PRESETS, ChurnConfig, OptimConfig, SampleConfig, TrainConfig, UserError
 from fdfo.config_file import config_from_json
 from fdfo.distributed import Job
@@ -104,6 +104,11 @@ def test_adapter_without_state_starts_a_new_run(tmp_path: Path, job: Job, capsys
     published = published.rename(tmp_path / "fdfo-cfg-4.5")
     train(job, dataclasses.replace(config, runs_dir=tmp_path / "third"), find_checkpoint(str(published)))
     assert "trained with guidance 4.5 and is sampled with 1: --sample.guidance-scale 4.5 suits it" in capsys.readouterr().out
+    shutil.copytree(checkpoint, tmp_path / "torn")
+    with pytest.raises(
+        UserError, match="torn has a training state, but no config.json two folders up: copy the whole run folder"
+    ):
+        find_run_checkpoint(str(tmp_path / "torn"))
     with pytest.raises(UserError, match="--lora-rank 32 --lora-alpha 64"):
         train(job, dataclasses.replace(config, lora_rank=8), find_checkpoint(str(published)))
 
@@ -113,6 +118,8 @@ def test_adapter_without_state_starts_a_new_run(tmp_path: Path, job: Job, capsys
     [
         (dict(lora_rank=16), "--lora-rank was 32"),
         (dict(seed=1), "--seed was 6"),
+        (dict(run_name="other"), "--run-name was None"),
+        (dict(preset="sd35-medium-24gb"), "--preset was tiny"),
         (dict(total_pairs_per_epoch=7), "--total-pairs-per-epoch was 6"),
         (dict(sample=SampleConfig(num_solver_steps=5, resolution=64)), "--sample was"),
     ],
@@ -260,6 +267,12 @@ def test_a_later_score_that_is_not_finite_drops_its_pair(job: Job, tmp_path: Pat
     assert [epoch["dropped_pairs"] for epoch in log_of(run.folder, "epoch")] == [0, 1, 1]
     assert all(step["applied"] for step in log_of(run.folder, "step"))
     assert all(parameter.isfinite().all() for parameter in run.model.trainable())
+
+
+@pytest.mark.parametrize("name,says", [("NeverAgain", "No pair of epoch 2"), ("Huge", "No optimizer step of epoch 1")])
+def test_a_run_that_has_broken_stops(job: Job, tmp_path: Path, name: str, says: str):
+    with pytest.raises(UserError, match=f"{says} .*--train.learning-rate"):
+        train(job, small(tmp_path, num_epochs=3, save_freq=1, reward_specs=(f"own_scorers:{name}=1",)), None)
 
 
 def test_broken_latents_drop_their_pair(job: Job, tmp_path: Path):

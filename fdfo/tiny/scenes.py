@@ -51,7 +51,7 @@ def parse_caption(caption: str) -> Scene:
     match = _CAPTION.fullmatch(caption.strip())
     if match is None:
         raise UserError(
-            f"The tiny preset does not understand the caption {caption!r}: write 'a COLOUR SHAPE on a COLOUR background' or "
+            f"The tiny preset does not understand the caption {caption[:200]!r}: write 'a COLOUR SHAPE on a COLOUR background' or "
             f"'a COLOUR SHAPE RELATION a COLOUR SHAPE on a COLOUR background' with colours {', '.join(COLOURS)}, shapes "
             f"{', '.join(SHAPES)}, relations {', '.join(RELATIONS)}."
         )
