@@ -36,11 +36,8 @@ def generate(config: GenerateConfig) -> None:
 
     file_prompts = load_prompts(fetch_prompt_set(config.prompt_file)) if config.prompt_file else []
     checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
-    plan = (
-        plan_pictures(config, saved_config(checkpoint), trained_guidance(checkpoint))
-        if checkpoint
-        else plan_pictures(config, None, None)
-    )
+    run, guidance = (saved_config(checkpoint), trained_guidance(checkpoint)) if checkpoint else (None, None)
+    plan = plan_pictures(config, run, guidance)
     prompts = list(config.prompts) or file_prompts or load_prompts(plan.prompt_set)[:15]
     with start_job() as job:
         if job.world_size > 1:

@@ -126,12 +126,13 @@ def newest_whole(run: Path) -> Path | None:
 
 
 def find_own_run(config: TrainConfig) -> tuple[Checkpoint | None, Path | None]:
-    """What --resume-from auto goes on from: the newest whole checkpoint of the config's own run, or its folder without any.
+    """What --resume-from auto goes on from: the newest whole checkpoint of the config's own run, or its folder without any; says
+    why it is none.
 
     That run is the folder in --runs-dir with the highest number whose config.json differs in FREE_FOR_AUTO at most; where
     there is none, neither is given.
     """
-    wanted = deciding_settings(config)
+    wanted, newest_other = deciding_settings(config), None
     for folder in sorted(config.runs_dir.glob("[0-9]" * 5 + "-*"), reverse=True):
         try:
             saved = read_config(folder / "config.json")
@@ -142,7 +143,9 @@ def find_own_run(config: TrainConfig) -> tuple[Checkpoint | None, Path | None]:
         if not differing:
             newest = newest_whole(folder)
             return (None, folder) if newest is None else (Checkpoint(newest, folder), None)
-        print(f"{folder.name} is another run, it differs in {', '.join(differing)}", flush=True)
+        newest_other = newest_other or f"{folder.name} differs in {', '.join(differing)}"
+    if newest_other is not None:
+        print(f"no run in {config.runs_dir} has these settings, so a new one begins ({newest_other})", flush=True)
     return None, None
 
 

@@ -93,8 +93,9 @@ def prepare(job: Job, config: TrainConfig, checkpoint: Checkpoint | None, starte
     folder = open_folder(job, config, checkpoint, started, progress)
     log = RunLog(folder, config, progress.epochs, len(progress.steps), job.is_main)
     health = Health(config.precision, log.gradient_norms)
+    first_epoch = progress.epochs + (1 if progress.steps else 0)
     return Run(
-        folder, log, plan, split.training, model, reward, optimizer, scale, progress, progress.epochs + bool(progress.steps), health, held_out, compile_seconds,
+        folder, log, plan, split.training, model, reward, optimizer, scale, progress, first_epoch, health, held_out, compile_seconds,
     )  # fmt: skip
 
 

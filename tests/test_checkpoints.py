@@ -174,7 +174,7 @@ def test_a_full_disk_ends_with_one_sentence_and_the_last_checkpoint_intact(tmp_p
     train(JOB, dataclasses.replace(config, num_epochs=3), find_checkpoint(str(run)))
 
 
-def test_auto_finds_its_own_run(runs: list[Path], tmp_path: Path):
+def test_auto_finds_its_own_run(runs: list[Path], tmp_path: Path, capsys):
     config = dataclasses.replace(small(tmp_path, num_epochs=3, save_freq=1), resume_from="auto")
     assert find_own_run(config) == (None, None)
     for number in (0, 1):
@@ -188,7 +188,10 @@ def test_auto_finds_its_own_run(runs: list[Path], tmp_path: Path):
     ]
     assert [checkpoint and checkpoint.folder for checkpoint, _ in found] == [own / "checkpoints" / "epoch-0000003"] * 2 + [None]
     faster = dataclasses.replace(config.train, learning_rate=1e-3)
+    capsys.readouterr()
     assert find_own_run(dataclasses.replace(config, train=faster)) == (None, None)
+    told = capsys.readouterr().out
+    assert "00003-scene-cfg_1p0 is passed over" in told and "so a new one begins (00002-scene-cfg_1p0 differs in " in told
     shutil.rmtree(own / "checkpoints")
     assert find_own_run(config) == (None, own)
     assert same(final_state(train(JOB, config, None, own).folder, 3), final_state(runs[0], 3))
