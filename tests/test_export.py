@@ -218,7 +218,7 @@ WRONG = {
     "both": (["CHECKPOINT", "--lora", "OUT", "--merge", "OUT"], "exclude each other"),
     "type of a LoRA": (["CHECKPOINT", "--lora", "OUT", "--dtype", "bf16"], "--dtype has no effect"),
     "public": (["CHECKPOINT", "--lora", "OUT", "--public"], "--public has no effect"),
-    "no checkpoint": (["", "--lora", "OUT"], "the checkpoint is empty"),
+    "empty name": (["", "--lora", "OUT"], "the checkpoint is empty"),
     "name on the hub": (["CHECKPOINT", "--push-to-hub", "mine"], "write OWNER/NAME"),
     "hub out of reach": (["CHECKPOINT", "--push-to-hub", "me/mine"], "hf auth login"),
     "hub out of reach, merged": (["CHECKPOINT", "--merge", "OUT", "--push-to-hub", "me/mine"], "hf auth login"),
