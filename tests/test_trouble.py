@@ -35,7 +35,7 @@ def test_a_score_in_a_hundred_that_is_not_finite_is_counted_and_its_pair_dropped
 def test_a_scorer_that_fails_once_is_tried_again(job: Job, tmp_path: Path, capsys):
     run = train(job, small(tmp_path, num_epochs=3, **scored_by("FailsOnce")), None)
     assert len(log_of(run.folder, "epoch")) == 3
-    assert capsys.readouterr().err.count("FailsOnce failed (ConnectionError: the judge hung up) and is tried again") == 1
+    assert capsys.readouterr().err.count("FailsOnce failed (ConnectionError: the judge hung up, in own_scorers.py line ") == 1
 
 
 def test_a_scorer_that_goes_on_failing_stops_the_run_by_name(job: Job, tmp_path: Path):
