@@ -10,7 +10,7 @@ from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.evaluation import PictureSet, score_pictures
 from fdfo.hub import fetch_prompt_set
-from fdfo.model import FlowModel, quantised
+from fdfo.model import FlowModel, finite_rows, quantised
 from fdfo.plan import BatchPlan
 from fdfo.prompts import hold_out, load_prompts
 from fdfo.results import prompt_means
@@ -117,7 +117,7 @@ def draw_held_out(
 
         images = model.decode(sample_flow(velocity, noise, sigmas))
         pictures.append(quantised(images))
-        finite.append(images.isfinite().flatten(1).all(1).cpu())
+        finite.append(finite_rows(images).cpu())
     return torch.cat(pictures), torch.cat(finite)
 
 
@@ -134,13 +134,14 @@ def score_held_out(job: Job, epoch: int, held_out: HeldOut, images: torch.Tensor
     """
     counts = [held_out.repeats] * len(held_out.own)
     pictures = PictureSet("", "", epoch, {}, [held_out.prompts[i] for i in held_out.own], counts, images, [])
-    fresh = [kept for rank in job.gather_objects([not held_out.spare] * len(held_out.own)) for kept in rank]
-    whole = [kept for rank in job.gather_objects(finite.view(-1, held_out.repeats).all(1).tolist()) for kept in rank]
+    own = [(not held_out.spare, whole) for whole in finite.view(-1, held_out.repeats).all(1).tolist()]
+    states = [
+        state for rank in job.gather_objects(own) for state in rank
+    ]  # of each prompt: is it the job's own, are its pictures finite
     scores = {}
     for name, scorer in held_out.scorers.items():
         means = prompt_means(score_pictures(job, name, scorer, pictures))
-        own = [mean if true else math.nan for mean, true in zip(means, whole, strict=True)]
-        scores[name] = [mean for mean, kept in zip(own, fresh, strict=True) if kept]
+        scores[name] = [mean if whole else math.nan for mean, (fresh, whole) in zip(means, states, strict=True) if fresh]
     rows = zip(*(scores[name] for name in held_out.weights), strict=True)
     reward = [sum(w * value for w, value in zip(held_out.weights.values(), row, strict=True)) for row in rows]
     return Evaluation(epoch, {REWARD: reward} | scores)

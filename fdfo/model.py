@@ -24,6 +24,11 @@ def quantised(images: torch.Tensor) -> torch.Tensor:
     return (255 * images.float()).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+def finite_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Which of [N, ...] are finite throughout: [N] bool."""
+    return tensor.isfinite().flatten(1).all(1)
+
+
 class FlowModel:
     """The pipeline on one device, its LoRA, and the three things that training asks of it: text, velocity, pictures."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fdfo.config import UserError
-from fdfo.model import FlowModel, quantised
+from fdfo.model import FlowModel, finite_rows, quantised
 from fdfo.plan import PicturePlan, PictureSettings
 from fdfo.text import PICTURE_TEXT_LENGTH, TextEmbeddings
 
@@ -74,7 +74,7 @@ def draw_pictures(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[i : i + settings.batch_size]],
             output_type="pt",
         ).images
-        if broken := int((~images.isfinite().flatten(1).all(1)).sum()):
+        if broken := int((~finite_rows(images)).sum()):
             raise UserError(
                 f"{broken} of {len(images)} pictures are not finite: the adapter is damaged, or was trained until it broke; take an "
                 "earlier checkpoint."

@@ -9,7 +9,7 @@ import torch
 from fdfo.config import TrainConfig, UserError
 from fdfo.distributed import Job
 from fdfo.estimator import pair_deviation
-from fdfo.model import FlowModel
+from fdfo.model import FlowModel, finite_rows
 from fdfo.plan import BatchPlan, plan_churn
 from fdfo.sampling import interval_gammas, prior_gammas, raw_gammas, sample_pairs
 from fdfo.text import TextEmbeddings
@@ -135,7 +135,7 @@ def score_share(rollout: Rollout, images: torch.Tensor, reward: WeightedReward) 
     prompts = [prompt for prompt in rollout.prompts for _ in range(2)]
     scores = reward.score(prompts, images)
     total = reward.total(scores)
-    whole = both_branches(rollout.final.isfinite().flatten(1).all(1))
+    whole = both_branches(finite_rows(rollout.final))
     finite = whole & both_branches(total.isfinite())
     for tensor in (rollout.xs, rollout.velocities, rollout.final):
         tensor[~whole.to(tensor.device)] = 0

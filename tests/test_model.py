@@ -12,7 +12,7 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from fdfo.adapter import lora_targets
+from fdfo.adapter import LORA_TARGETS, lora_targets
 from fdfo.config import TrainConfig, UserError
 from fdfo.model import FlowModel
 from fdfo.pictures import draw_pictures, encode_for_pictures
@@ -110,12 +110,23 @@ def test_adapter_file_loads_by_plain_peft_and_back(tiny, tmp_path: Path):
         assert torch.equal(plain.velocity(x, level, text, None, 1.0), expected)
 
 
+def saved_by_peft(folder: Path, **changes) -> FlowModel:
+    """A model whose random LoRA plain PEFT has saved in the folder, with short target names."""
+    model = FlowModel("tiny", "fp32", CPU)
+    targets = [f"attn.{target}" for target in LORA_TARGETS]
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets, **changes)
+    get_peft_model(model.pipe.transformer, config).save_pretrained(folder)
+    return model
+
+
+def draw_one(model: FlowModel) -> torch.Tensor:
+    text = encode_for_pictures(model, ["a red ring on a blue background"])
+    return next(draw_pictures(model, text, [0], [0], PictureSettings(width=64, height=64, steps=2, guidance=1.0, batch_size=1)))
+
+
 def test_adapter_saved_by_plain_peft_loads(tiny, tmp_path: Path):
     """The published adapters: saved by PEFT, with short target names."""
-    names = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    model = FlowModel("tiny", "fp32", CPU)
-    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=[f"attn.{name}" for name in names])
-    get_peft_model(model.pipe.transformer, config).save_pretrained(tmp_path)
+    model = saved_by_peft(tmp_path)
     tiny.load_adapter(tmp_path)
     model.peft = True  # only to name its parameters
     for (_, ours), (_, theirs) in zip(tiny.named_trainable(), model.named_trainable(), strict=True):
@@ -162,25 +173,17 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path: Path):
 
 
 def test_the_dropout_of_a_foreign_adapter_is_not_applied(tiny, tmp_path: Path):
-    names = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    targets = [f"attn.{name}" for name in names]
-    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets, lora_dropout=0.5)
-    get_peft_model(FlowModel("tiny", "fp32", CPU).pipe.transformer, config).save_pretrained(tmp_path)
+    saved_by_peft(tmp_path, lora_dropout=0.5)
     tiny.load_adapter(tmp_path)
-    text = encode_for_pictures(tiny, ["a red ring on a blue background"])
-    settings = PictureSettings(width=64, height=64, steps=2, guidance=1.0, batch_size=1)
-    one, two = (next(draw_pictures(tiny, text, [0], [0], settings)) for _ in range(2))
-    assert torch.equal(one, two)
+    assert torch.equal(draw_one(tiny), draw_one(tiny))
 
 
 def test_pictures_that_are_not_finite_are_not_drawn_black(tiny):
     tiny.add_lora(4, 8, seed=0)
     with torch.no_grad():
         tiny.trainable()[1].fill_(math.nan)
-    text = encode_for_pictures(tiny, ["a red ring on a blue background"])
-    settings = PictureSettings(width=64, height=64, steps=2, guidance=1.0, batch_size=1)
     with pytest.raises(UserError, match="1 of 1 pictures are not finite: the adapter is damaged"):
-        next(draw_pictures(tiny, text, [0], [0], settings))
+        draw_one(tiny)
 
 
 def test_long_prompts_are_told_of_once_and_not_repeated(tiny, caplog: pytest.LogCaptureFixture):

@@ -19,7 +19,7 @@ from fdfo.preparation import Run, prepare
 from fdfo.prompts import load_prompts
 from fdfo.rollout import encode_prompts, sample_share, score_share
 from fdfo.trainer import train
-from fdfo.update import EpochData, LossScale, farthest_ratio, optimizer_step, step_samples
+from fdfo.update import EpochData, LossScale, StepStats, farthest_ratio, optimizer_step, step_samples
 
 TINY = PRESETS["tiny"]
 
@@ -204,51 +204,40 @@ def test_options_train(job: Job, tmp_path: Path, changes: dict):
 def test_kl_term_pulls_back_to_the_base(job: Job, tmp_path: Path):
     """With the term alone (no reward difference left), a displaced adapter gets a gradient that lowers the distance."""
     config = small(tmp_path, train=OptimConfig(learning_rate=1e-3, kl_weight=1.0))
-    run, rollout, differences = first_rollout(job, config)
+    run, data = first_rollout(job, config)
     with torch.no_grad():
         for _, parameter in run.model.named_trainable():
             parameter.add_(0.01)
-    differences.dR.zero_()
+    data.differences.dR.zero_()
     losses = []
     for samples, total in step_samples(run.plan, config, 0, range(6)) * 3:
-        stats = optimizer_step(
-            job,
-            EpochData(run.model, config, run.plan, rollout, differences),
-            samples,
-            total,
-            run.optimizer,
-            run.scale,
-            first=False,
-        )
+        stats = one_step(job, run, data, samples, total, first=False)
         losses.append(stats.loss)
     assert losses[0] > 0 and losses[-1] < 0.7 * losses[0]
 
 
-def first_rollout(job: Job, config: TrainConfig):
+def first_rollout(job: Job, config: TrainConfig) -> tuple[Run, EpochData]:
     """Everything up to the first update."""
     run: Run = prepare(job, config, None)
     prompts = run.prompts[: config.total_pairs_per_epoch]
     text, empty = encode_prompts(run.model, prompts, config)
     rollout = sample_share(run.model, config, run.plan, 0, range(len(prompts)), prompts, text, empty)
-    return run, rollout, score_share(rollout, run.model.decode(rollout.final), run.reward)
+    differences = score_share(rollout, run.model.decode(rollout.final), run.reward)
+    return run, EpochData(run.model, config, run.plan, rollout, differences)
+
+
+def one_step(job: Job, run: Run, data: EpochData, samples: torch.Tensor, total: int, first: bool) -> StepStats:
+    return optimizer_step(job, data, samples, total, run.optimizer, run.scale, first)
 
 
 def test_sampling_and_training_must_agree(job: Job, tmp_path: Path):
     config = small(tmp_path)
-    run, rollout, differences = first_rollout(job, config)
+    run, data = first_rollout(job, config)
     with torch.no_grad():
         run.model.pipe.transformer.proj_out.weight.mul_(1.01)
     samples, total = step_samples(run.plan, config, 0, range(6))[0]
     with pytest.raises(UserError, match="sampling and training disagree"):
-        optimizer_step(
-            job,
-            EpochData(run.model, config, run.plan, rollout, differences),
-            samples,
-            total,
-            run.optimizer,
-            run.scale,
-            first=True,
-        )
+        one_step(job, run, data, samples, total, first=True)
 
 
 def test_the_ratio_of_the_worst_process_counts():
@@ -277,38 +266,33 @@ def test_a_run_that_has_broken_stops(job: Job, tmp_path: Path, name: str, says: 
 
 def test_broken_latents_drop_their_pair(job: Job, tmp_path: Path):
     config = small(tmp_path)
-    run, rollout, _ = first_rollout(job, config)
+    run, data = first_rollout(job, config)
+    rollout = data.rollout
     rollout.final[3] = float("nan")
     rollout.velocities[3] = rollout.xs[3] = float("nan")
     differences = score_share(rollout, torch.rand(12, 3, 64, 64), run.reward)
     assert differences.dropped.tolist() == [False, False, True, True] + [False] * 8
-    samples = torch.arange(48)
-    stats = optimizer_step(
-        job, EpochData(run.model, config, run.plan, rollout, differences), samples, 48, run.optimizer, run.scale, first=True
-    )
+    data, samples = dataclasses.replace(data, differences=differences), torch.arange(48)
+    stats = one_step(job, run, data, samples, 48, first=True)
     assert stats.applied and torch.isfinite(torch.tensor(stats.loss)) and stats.ratio_mean == pytest.approx(1)
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(job: Job, tmp_path: Path):
     config = small(tmp_path)
-    run, rollout, differences = first_rollout(job, config)
+    run, data = first_rollout(job, config)
     before = {name: p.clone() for name, p in run.model.named_trainable()}
-    rollout.velocities[0] = float("inf")
+    data.rollout.velocities[0] = float("inf")
     samples = torch.arange(12)  # trajectories 0 to 2, the first of them broken
-    stats = optimizer_step(
-        job, EpochData(run.model, config, run.plan, rollout, differences), samples, 12, run.optimizer, run.scale, first=False
-    )
+    stats = one_step(job, run, data, samples, 12, first=False)
     assert not stats.applied
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_trainable())
 
 
 def test_a_rank_without_samples_in_a_step_takes_part(job: Job, tmp_path: Path):
     config = small(tmp_path)
-    run, rollout, differences = first_rollout(job, config)
+    run, data = first_rollout(job, config)
     none = torch.empty(0, dtype=torch.long)
-    stats = optimizer_step(
-        job, EpochData(run.model, config, run.plan, rollout, differences), none, 5, run.optimizer, run.scale, first=True
-    )
+    stats = one_step(job, run, data, none, 5, first=True)
     assert stats.applied and stats.grad_norm == 0
 
 
