@@ -43,22 +43,27 @@ def attach_lora(transformer: SD3Transformer2DModel, config: LoraConfig, name: st
 
 def fill_lora(peft: PeftModel, folder: Path, name: str) -> None:
     """Gives a LoRA on the model called name the weights of an adapter folder. Raises UserError if they do not fit, or are not finite."""
+    tensors = read_adapter(folder)
     try:
-        tensors = load_file(folder / ADAPTER)
         result = set_peft_model_state_dict(peft, tensors)
-    except SafetensorError as error:
-        raise UserError(
-            f"The adapter in {folder} cannot be read ({error}): restore the file, or give another checkpoint."
-        ) from error
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"The adapter in {folder} does not fit {name} ({reason}): give its own base model.") from error
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"The adapter in {folder} has numbers that are not finite: give another checkpoint.")
     missing = [key for key in result.missing_keys if "lora_" in key]
     if result.unexpected_keys or missing:
         strange = (result.unexpected_keys + missing)[0]
         raise UserError(f"The adapter in {folder} does not fit {name} (at {strange}): give its own base model.")
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder. Raises UserError where they cannot be read, or are not finite."""
+    try:
+        tensors = load_file(folder / ADAPTER)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}/{ADAPTER} cannot be read ({error}): restore the file, or give another adapter.") from error
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"The adapter in {folder} has numbers that are not finite: give another checkpoint.")
+    return tensors
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:

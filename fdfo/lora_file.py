@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from fdfo.adapter import read_adapter_config
+from fdfo.adapter import read_adapter, read_adapter_config
 from fdfo.config import UserError
-from fdfo.hub import ADAPTER
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -25,11 +22,7 @@ Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]
 def read_lora(folder: Path) -> Lora:
     """The PEFT adapter that lies in a folder, scaled. Raises UserError for a damaged one, and for more than a plain LoRA."""
     config = read_adapter_config(folder)
-    try:
-        state = load_file(folder / ADAPTER)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}/{ADAPTER} cannot be read ({error}): restore the file, or give another adapter.") from error
-    return scaled_lora(config, state, folder)
+    return scaled_lora(config, read_adapter(folder), folder)
 
 
 def write_lora(folder: Path, lora: Lora) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -256,6 +257,7 @@ def test_adapters_that_cannot_be_exported_are_refused(run_cli, foreign: Path, tm
     refused("does not have rank 4", tensors=state | {key("B"): torch.zeros(3)})
     refused("it has stranger", tensors=state | {"stranger": torch.zeros(1)})
     refused("has no weights", tensors={})
+    refused("numbers that are not finite", tensors=state | {key("B"): torch.full_like(state[key("B")], math.nan)})
     wide = {key("A"): torch.zeros(4, 1536), key("B"): torch.zeros(1536, 4)}
     refused("does not fit the base model (at transformer_blocks.0.attn.to_v)", "--merge", tensors=wide)
     nowhere = {name.replace("to_v", "to_x"): tensor for name, tensor in state.items()}
