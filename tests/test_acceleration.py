@@ -97,7 +97,7 @@ def test_batches_of_one_size_change_nothing(tiny: FlowModel):
         sampled = tiny.velocity(x, sigma, text, None, 1.0)
     trained = tiny.velocity(x, sigma, text, None, 1.0)
     assert not sampled.requires_grad and torch.equal(sampled, trained)
-    torch.testing.assert_close(trained, plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trained, plain, rtol=0, atol=1e-4)
     trained.sum().backward()
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in tiny.trainable()]), gradient, rtol=1e-4, atol=1e-3)
 
