@@ -48,10 +48,15 @@ def checkpointing(device: torch.device) -> Callable[..., object]:
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compiles each block by itself: blocks of one kind share their code, so that three or four kernels' sets serve all."""
+    """Compiles each block by itself: blocks of one kind share their code, so that three or four kernels' sets serve all.
+
+    Without Inductor's deterministic mode a kernel that sums is chosen by the clock, so that two processes, or two starts, may
+    round differently. PyTorch 2.9 has no such mode.
+    """
     torch._dynamo.config.recompile_limit = 64  # kinds of block x adapter on and off
+    options = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else None
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, options=options)
 
 
 def uncompile_blocks(blocks: list[nn.Module]) -> None:

@@ -30,7 +30,7 @@ class LossScale:
     calm_steps: int = 0
 
     GROWTH_INTERVAL = 200
-    LARGEST = 2.0**24
+    LARGEST = 2.0**28
 
     @classmethod
     def start(cls, precision: str) -> "LossScale":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
-from fdfo.acceleration import cast_frozen_weights, pad_rows
+from fdfo.acceleration import cast_frozen_weights, pad_rows, try_compiled
 from fdfo.adapter import lora_targets
 from fdfo.lora_attention import GroupedJointAttention, LoraProduct
 from fdfo.model import FlowModel
@@ -114,3 +114,16 @@ def test_a_failing_compiler_means_eager(tiny: FlowModel, monkeypatch: pytest.Mon
     assert tiny.compiled_rows is None
     text = tiny.encode(["a red ring on a blue background"])
     assert tiny.velocity(torch.randn(1, *tiny.latent_shape(64)), torch.rand(1), text, None, 1.0).isfinite().all()
+
+
+@pytest.mark.skipif("deterministic" not in torch._inductor.list_options(), reason="PyTorch 2.9 has no such mode")
+def test_blocks_are_compiled_in_the_deterministic_mode(monkeypatch: pytest.MonkeyPatch):
+    """Else each process chooses by timing how its kernels sum. The compiler is asked in a pass of its own, which ends it there."""
+
+    def stop(graph: torch.fx.Graph) -> None:
+        raise RuntimeError(f"deterministic: {torch._inductor.config.deterministic}")
+
+    monkeypatch.setattr(torch._inductor.config, "post_grad_custom_post_pass", stop)
+    layer = torch.nn.LayerNorm(3)
+    assert try_compiled([layer], lambda: layer(torch.ones(1, 3))).endswith("RuntimeError: deterministic: True")
+    assert layer(torch.ones(1, 3)).isfinite().all()

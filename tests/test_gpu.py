@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
+ROOT = Path(__file__).parent.parent
 
 
 def small(folder: Path, **changes) -> TrainConfig:
@@ -232,3 +236,38 @@ def test_the_trial_leaves_trajectories_in_host_memory_out(tmp_path: Path):
         assert not fits(job, dataclasses.replace(config, offload_trajectories=False), run.model, plan)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+COMPILED = """
+import sys, torch
+from fdfo.model import FlowModel
+device = torch.device("cuda", 0)
+model = FlowModel("tiny", "fp16", device)
+model.add_lora(32, 64, 0)
+model.to_device()
+assert model.accelerate(4, 64) is None
+generator = torch.Generator().manual_seed(0)
+with torch.no_grad():
+    for parameter in model.trainable():
+        parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+x = torch.randn(4, *model.latent_shape(64), generator=generator).to(device)
+v = model.velocity(x, x.new_full((4,), 0.5), model.encode(["a red ring on a blue background"] * 4), None, 1.0)
+v.float().square().sum().backward()
+gradients = [parameter.grad.cpu() for parameter in model.trainable()]
+torch.save([v.detach().cpu(), model.decode(x).cpu(), *gradients], sys.argv[1])
+"""
+
+
+def test_the_clock_does_not_choose_how_compiled_blocks_round(tmp_path: Path):
+    """Two processes compile for themselves, one with the compiler's timings turned upside down: equal to the bit."""
+    if "deterministic" not in torch._inductor.list_options():
+        pytest.skip("PyTorch 2.9 has no deterministic mode of its compiler")
+    started = []
+    for name, distortion in (("plain", ""), ("inverse", "inverse")):
+        own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name), "TORCHINDUCTOR_DISTORT_BENCHMARKING_RESULT": distortion}
+        command = [sys.executable, "-c", COMPILED, str(tmp_path / f"{name}.pt")]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | own))
+    assert [process.wait() for process in started] == [0, 0]
+    plain, inverse = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("plain", "inverse"))
+    equal = [torch.equal(one, other) for one, other in zip(plain, inverse, strict=True)]
+    assert all(equal), f"velocity, picture {equal[:2]}, gradients {sum(equal[2:])} of {len(equal[2:])} equal"
