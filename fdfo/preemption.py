@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from fdfo.distributed import LOST, Job
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # Slurm and spot instances send the first two, Ctrl-C the third
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # of Slurm and spot instances, Ctrl-C, a closed terminal
 
 
 class Stopped(Exception):
@@ -31,15 +31,28 @@ class Guard:
     def __init__(self, job: Job, timeout_minutes: float):
         self.job, self.limit = job, 60 * timeout_minutes
         self.received: str | None = None
+        self.on_terminal = [stream for stream in (sys.__stdout__, sys.__stderr__) if stream.isatty()]
         self.place, self.seen = "starting", time.monotonic()
         self.over = threading.Event()
 
     def handle(self, number: int, frame: object) -> None:
         """The signal handler: remembers, and does nothing that could break what it interrupts."""
+        self.leave_closed_terminal()
         if self.received is None:
             self.received = signal.Signals(number).name
             text = f"{self.received} on rank {self.job.rank}: stopping at the next safe point, with a checkpoint\n"
             os.write(sys.__stderr__.fileno(), text.encode())
+
+    def leave_closed_terminal(self) -> None:
+        """What is still written goes nowhere: a write that fails would end the run without a checkpoint.
+
+        Processes of torchrun have sessions of their own, so that they get its SIGTERM when the terminal is closed, and no SIGHUP.
+        """
+        for stream in self.on_terminal:
+            if not stream.isatty():
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
     def enter(self, place: str) -> None:
         """Agrees with all ranks whether to go on, and tells them where this one is. Raises Stopped on all of them, or none."""
@@ -78,9 +91,10 @@ class Guard:
 
 @contextlib.contextmanager
 def guarded(job: Job, timeout_minutes: float) -> Iterator[Guard]:
-    """Signals and progress are looked after inside."""
+    """Signals and progress are looked after inside. nohup's wish that a closed terminal be ignored is respected."""
     guard = Guard(job, timeout_minutes)
-    before = {number: signal.signal(number, guard.handle) for number in SIGNALS}
+    wanted = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, guard.handle) for number in wanted}
     threading.Thread(target=guard.watch, daemon=True).start()
     try:
         yield guard

@@ -17,7 +17,7 @@ from fdfo.checkpoint import all_checkpoints, find_checkpoint
 from fdfo.config import TrainConfig
 from fdfo.distributed import Job
 from fdfo.model import FlowModel
-from fdfo.preemption import Stopped
+from fdfo.preemption import Stopped, guarded
 from fdfo.preparation import prepare
 from fdfo.trainer import train
 
@@ -136,3 +136,38 @@ def test_killed_at_random_moments_and_continued_by_auto(tmp_path: Path):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+OWN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")])
+def test_a_closed_terminal_stops_with_a_checkpoint(tmp_path: Path, launcher: tuple[str, ...]):
+    """train.py on a terminal of its own, which is closed after the first epoch; torchrun's exit code is 1."""
+    ours, theirs = os.openpty()
+    flags = (*TINY_RUN, "--num-epochs", 1000, "--save-freq", 1000, "--runs-dir", tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWN_TERMINAL, *launcher, "train.py", *map(str, flags)], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while b"epoch 1/" not in shown:
+        shown += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(120) == (1 if launcher else 0)
+    assert find_checkpoint(str(tmp_path / "00000-scene-cfg_1p0")) is not None
+
+
+def test_nohup_keeps_a_run_going(job: Job):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with guarded(job, 1.0) as guard:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not guard.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
