@@ -55,6 +55,7 @@ WRONG = {
     "reward": (["train", "--preset", "tiny", "--reward-preset", "joy"], "no reward preset 'joy'"),
     "churn number": (["train", "--preset", "tiny", "--churn.mu", "1"], "no effect"),
     "two rewards": (["train", "--preset", "tiny", "--reward-preset", "scene", "--reward-specs", "scene=1"], "no effect beside --reward-specs"),
+    "evaluations that are not made": (["train", "--preset", "tiny", "--eval-prompts", "0", "--eval-metrics", "scene"], "--eval-metrics has no effect"),
     "nothing to resume": (["train", "--preset", "tiny", "--resume-from", ""], "--resume-from is empty"),
     "no checkpoint": (["generate", "--preset", "tiny", "--out", "x.jpg", "--checkpoint", ""], "--checkpoint is empty"),
     "seed of pictures": (["generate", "--preset", "tiny", "--out", "x.jpg", "--seed", "99999999999999999999"], "--seed in 0 to"),
