@@ -86,7 +86,8 @@ def test_batches_of_one_size_change_nothing(tiny: FlowModel):
     """As where blocks are compiled: 5 rows as 2 + 2 + 1 padded, in sampling and in training, to the bit alike."""
     tiny.add_lora(8, 16, 0)
     text = tiny.encode(["a red ring on a blue background"] * 5)
-    x, sigma = torch.randn(5, *tiny.latent_shape(64)), torch.rand(5)
+    generator = torch.Generator().manual_seed(4)
+    x, sigma = torch.randn(5, *tiny.latent_shape(64), generator=generator), torch.rand(5, generator=generator)
     plain = tiny.velocity(x, sigma, text, None, 1.0)
     plain.sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in tiny.trainable()])
@@ -97,7 +98,7 @@ def test_batches_of_one_size_change_nothing(tiny: FlowModel):
         sampled = tiny.velocity(x, sigma, text, None, 1.0)
     trained = tiny.velocity(x, sigma, text, None, 1.0)
     assert not sampled.requires_grad and torch.equal(sampled, trained)
-    torch.testing.assert_close(trained, plain, rtol=0, atol=1e-4)
+    torch.testing.assert_close(trained, plain, rtol=0, atol=1e-5)
     trained.sum().backward()
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in tiny.trainable()]), gradient, rtol=1e-4, atol=1e-3)
 
