@@ -29,15 +29,14 @@ def main() -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Draws the pictures and saves the sheet."""
-    from fdfo.checkpoint import find_checkpoint, guidance_warning, saved_config, trained_guidance
+    from fdfo.checkpoint import drawing_settings, find_checkpoint, guidance_warning
     from fdfo.hub import fetch_prompt_set
     from fdfo.pictures import draw_pictures, encode_for_pictures, load_for_pictures
     from fdfo.sheets import grid_sheet
 
     file_prompts = load_prompts(fetch_prompt_set(config.prompt_file)) if config.prompt_file else []
     checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
-    run, guidance = (saved_config(checkpoint), trained_guidance(checkpoint)) if checkpoint else (None, None)
-    plan = plan_pictures(config, run, guidance)
+    plan = plan_pictures(config, *drawing_settings(checkpoint))
     prompts = list(config.prompts) or file_prompts or load_prompts(plan.prompt_set)[:15]
     with start_job() as job:
         if job.world_size > 1:

@@ -186,6 +186,11 @@ def trained_guidance(checkpoint: Checkpoint) -> float | None:
     return 1.0 if match[1] == "no-cfg" else float(f"{match[2]}.{match[3]}")
 
 
+def drawing_settings(checkpoint: Checkpoint | None) -> tuple[TrainConfig | None, float | None]:
+    """What plan_pictures takes from a checkpoint: its run's config and the guidance it was trained with, each where it is known."""
+    return (None, None) if checkpoint is None else (saved_config(checkpoint), trained_guidance(checkpoint))
+
+
 def guidance_warning(checkpoint: Checkpoint, used: float, flag: str = "--guidance-scale") -> str | None:
     """METHOD.md 5: an adapter trained with guidance w is sampled with w. flag: the one that would set it."""
     trained = trained_guidance(checkpoint)

@@ -18,9 +18,10 @@ def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, qu
     check_train_config(config)
     if config.reward_specs and flag_value(argv, "--reward-preset"):
         raise UserError("--reward-preset has no effect beside --reward-specs: leave one of them out.")
-    for flag in ("--eval-every", "--eval-prompt-set", "--eval-metrics", "--eval-least-diversity"):
-        if config.eval_prompts == 0 and flag_value(argv, flag):
-            raise UserError(f"{flag} has no effect with --eval-prompts 0, which means no evaluations: leave one of them out.")
+    if config.eval_prompts == 0:
+        for flag in ("--eval-every", "--eval-prompt-set", "--eval-metrics", "--eval-least-diversity"):
+            if flag_value(argv, flag):
+                raise UserError(f"{flag} has no effect with --eval-prompts 0, which means no evaluations: leave one of them out.")
     return config
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fdfo.checkpoint import Checkpoint, find_checkpoint, guidance_warning, run_checkpoints, saved_config, trained_guidance
+from fdfo.checkpoint import Checkpoint, drawing_settings, find_checkpoint, guidance_warning, run_checkpoints
 from fdfo.config import MetricsConfig, UserError
 from fdfo.distributed import Job
 from fdfo.manifest import is_folder
@@ -55,10 +55,7 @@ def find_subjects(config: MetricsConfig) -> list[Subject]:
 
 def subject(config: MetricsConfig, checkpoint: Checkpoint | None, reference: Checkpoint | None) -> Subject:
     """The subject of a checkpoint; of the base model, drawn as the reference is, where there is none."""
-    drawn_as = checkpoint or reference
-    plan = plan_pictures(config, None, None)
-    if drawn_as is not None:
-        plan = plan_pictures(config, saved_config(drawn_as), trained_guidance(drawn_as))
+    plan = plan_pictures(config, *drawing_settings(checkpoint or reference))
     if checkpoint is None:
         return Subject("base", "base", 0, None, plan, None)
     number = re.fullmatch(r"epoch-(\d+)", checkpoint.folder.name)

@@ -135,9 +135,8 @@ def score_held_out(job: Job, epoch: int, held_out: HeldOut, images: torch.Tensor
     counts = [held_out.repeats] * len(held_out.own)
     pictures = PictureSet("", "", epoch, {}, [held_out.prompts[i] for i in held_out.own], counts, images, [])
     own = [(not held_out.spare, whole) for whole in finite.view(-1, held_out.repeats).all(1).tolist()]
-    states = [
-        state for rank in job.gather_objects(own) for state in rank
-    ]  # of each prompt: is it the job's own, are its pictures finite
+    # Of each prompt of all ranks: is it the job's own, and are its pictures finite?
+    states = [state for rank in job.gather_objects(own) for state in rank]
     scores = {}
     for name, scorer in held_out.scorers.items():
         means = prompt_means(score_pictures(job, name, scorer, pictures))

@@ -9,11 +9,12 @@ A set scorer compares the pictures of one prompt with each other. It has `score_
 counts: list[int]) -> Tensor [P] float32`, one number a prompt, and is a metric only.
 """
 
+import contextlib
 import importlib
 import math
 import sys
 import traceback
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -94,16 +95,21 @@ def _own_class(name: str) -> type:
         ) from error
 
 
-def _own_scorer(name: str, device: torch.device) -> Scorer | SetScorer:
-    """A scorer of the user's own. Raises UserError where it cannot be made, or cannot score."""
+@contextlib.contextmanager
+def _own_errors(failure: str, advice: str) -> Iterator[None]:
+    """Turns whatever a scorer raises inside, but its own UserErrors, into a sentence that begins with the scorer's name."""
     try:
-        scorer = _own_class(name)(device=device)
+        yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"The scorer {name} cannot be made ({reason(error)}): its class is called with device=... alone."
-        ) from error
+        raise UserError(f"The scorer {failure} ({reason(error)}): {advice}.") from error
+
+
+def _own_scorer(name: str, device: torch.device) -> Scorer | SetScorer:
+    """A scorer of the user's own. Raises UserError where it cannot be made, or cannot score."""
+    with _own_errors(f"{name} cannot be made", "its class is called with device=... alone"):
+        scorer = _own_class(name)(device=device)
     if not callable(getattr(scorer, "score", None)):
         raise UserError(f"The scorer {name} has no method score(prompts, images): add it.")
     return scorer
@@ -162,12 +168,8 @@ def check_prompts(scorers: dict[str, Scorer | SetScorer], prompts: list[str]) ->
     """Raises UserError where a scorer that looks at prompts beforehand cannot judge one of them."""
     for name, scorer in scorers.items():
         if hasattr(scorer, "check_prompts"):
-            try:
+            with _own_errors(f"{name} failed in check_prompts", "mend it"):
                 scorer.check_prompts(prompts)
-            except UserError:
-                raise
-            except Exception as error:
-                raise UserError(f"The scorer {name} failed in check_prompts ({reason(error)}): mend it.") from error
 
 
 def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny_qwen import save_tiny_qwen
 
 from fdfo.acceleration import PinnedWeights
@@ -29,7 +30,6 @@ from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
-ROOT = Path(__file__).parent.parent
 
 
 def small(folder: Path, **changes) -> TrainConfig:
