@@ -1,4 +1,4 @@
-"""A grid of pictures for one checkpoint, or for the base model.
+"""Draw a grid of images with a checkpoint, or with the base model.
 
 python generate.py --preset tiny --out out.jpg
 python generate.py --checkpoint runs/00000-combined-cfg_1p0 --out out.jpg
@@ -10,13 +10,14 @@ import sys
 
 import torch
 
-from fdfo.command_line import parse_generate_config
-from fdfo.config import GenerateConfig, UserError
-from fdfo.distributed import run_command_line, start_job
-from fdfo.plan import plan_pictures
-from fdfo.prompts import load_prompts
+from fdfo.config.command_line import parse_generate_config
+from fdfo.config.errors import UserError
+from fdfo.config.plan import plan_images
+from fdfo.config.tool_options import GenerateConfig
+from fdfo.distributed.launch import run_command_line, start_job
+from fdfo.storage.prompts import load_prompts
 
-# Diffusers and PEFT take seconds to import: they come in the function below, so that --help and mistakes answer at once.
+# Diffusers and PEFT take seconds to import. They are imported in the function below, so that --help and mistakes answer at once.
 
 
 def main() -> None:
@@ -28,33 +29,33 @@ def main() -> None:
 
 
 def generate(config: GenerateConfig) -> None:
-    """Draws the pictures and saves the sheet."""
-    from fdfo.checkpoint import drawing_settings, find_checkpoint, guidance_warning
-    from fdfo.hub import fetch_prompt_set
-    from fdfo.pictures import draw_pictures, encode_for_pictures, load_for_pictures
-    from fdfo.sheets import grid_sheet
+    """Draw the images and save the sheet. Raises UserError."""
+    from fdfo.model.images import draw_images, encode_for_images, load_for_images
+    from fdfo.report.sheets import grid_sheet
+    from fdfo.run_folder.find_checkpoint import find_checkpoint, guidance_warning, saved_config, trained_guidance
+    from fdfo.storage.hub import load_prompt_set
 
-    file_prompts = load_prompts(fetch_prompt_set(config.prompt_file)) if config.prompt_file else []
+    file_prompts = load_prompt_set(config.prompt_file) if config.prompt_file else []
     checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
-    plan = plan_pictures(config, *drawing_settings(checkpoint))
+    plan = plan_images(config, saved_config(checkpoint), trained_guidance(checkpoint))
     prompts = list(config.prompts) or file_prompts or load_prompts(plan.prompt_set)[:15]
     with start_job() as job:
         if job.world_size > 1:
             raise UserError("generate.py runs as one process: start it with python, not with torchrun.")
-        model = load_for_pictures(plan, checkpoint.folder if checkpoint else None, job.device)
+        model = load_for_images(plan, checkpoint.folder if checkpoint else None, job.device)
         rows = [row for row in range(len(prompts)) for _ in range(config.grid_cols * config.grid_rows)]
         seeds = [config.seed + i for i in range(len(rows))]
-        print(f"{len(rows)} pictures by {plan.model}, {plan.pictures}", flush=True)
-        if checkpoint and (warning := guidance_warning(checkpoint, plan.pictures.guidance)):
+        print(f"{len(rows)} images by {plan.model}, {plan.settings.describe()}", flush=True)
+        if checkpoint and (warning := guidance_warning(checkpoint, plan.settings.guidance)):
             print(warning, flush=True)
-        text = encode_for_pictures(model, prompts)
-        pictures = torch.cat(list(draw_pictures(model, text, rows, seeds, plan.pictures)))
-    sheet = grid_sheet(prompts, pictures, config.columns, config.grid_cols, config.grid_rows)
+        text = encode_for_images(model, prompts)
+        images = torch.cat(list(draw_images(model, text, rows, seeds, plan.settings)))
+    sheet = grid_sheet(prompts, images, config.columns, config.grid_cols, config.grid_rows)
     try:
         sheet.save(config.out)
     except OSError as error:
         raise UserError(f"{config.out} cannot be written ({error}): a large grid needs .png, a full disk needs room.") from error
-    print(f"pictures: {config.out}")
+    print(f"images: {config.out}")
 
 
 if __name__ == "__main__":

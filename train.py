@@ -6,59 +6,65 @@ torchrun --nproc_per_node=8 train.py --reward-preset pickscore
 """
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fdfo.command_line import check_own_code, flag_value, parse_train_config, timeout_minutes
-from fdfo.config import TrainConfig, UserError
-from fdfo.distributed import Job, check_device, run_command_line, start_job
+from fdfo.config.command_line import check_own_code, flag_value, parse_train_config, timeout_minutes
+from fdfo.config.errors import UserError
+from fdfo.config.train_options import TrainConfig
+from fdfo.distributed.job import Job
+from fdfo.distributed.launch import check_device, run_command_line, start_job
 
 if TYPE_CHECKING:
-    from fdfo.checkpoint import Checkpoint
+    from fdfo.run_folder.find_checkpoint import Start
 
-# Diffusers and PEFT take seconds to import: they come in the functions below, so that --help and mistakes answer at once.
+# Diffusers and PEFT take seconds to import. They are imported in the functions below, so that --help and mistakes answer at once.
 
 
 def main() -> None:
     argv = sys.argv[1:]
     with start_job(timeout_minutes(argv)) as job:
-        config, checkpoint, started = read_command_line(job, argv)
+        config, start = job.on_main(lambda: read_command_line(argv))
         check_device(config.precision, job.device)
-        train_and_report(job, config, checkpoint, started)
+        train_and_report(job, config, start)
 
 
-def read_command_line(job: Job, argv: list[str]) -> "tuple[TrainConfig, Checkpoint | None, Path | None]":
-    """The config, over that of the run to resume where one is named; the checkpoint, or the run folder, to go on from."""
+def read_command_line(argv: list[str]) -> "tuple[TrainConfig, Start | None]":
+    """Return the settings, over those of the run to resume if one is named, and how the run starts. Raises UserError."""
     resume_from = flag_value(argv, "--resume-from")
     if not resume_from:
-        return parse_train_config(argv, quiet=not job.is_main), None, None
-    from fdfo.checkpoint import AUTO, find_own_run, find_run_checkpoint, saved_config
+        return parse_train_config(argv), None
+    from fdfo.run_folder.find_checkpoint import AUTO, find_auto_start, find_start, read_config
 
     if resume_from == AUTO:
-        config = parse_train_config(argv, quiet=not job.is_main)
-        return config, *job.on_main(lambda: find_own_run(config))
-    checkpoint = job.on_main(lambda: find_run_checkpoint(resume_from))
-    saved = saved_config(checkpoint) if checkpoint.resumable else None
-    config = parse_train_config(argv, saved, quiet=not job.is_main)
-    assert config.resume_from == resume_from
-    if saved is not None:
-        check_own_code(argv, config)
-        if flag_value(argv, "--runs-dir") and config.runs_dir.resolve() != checkpoint.run.parent:
-            raise UserError(f"--runs-dir has no effect on a run that goes on in {checkpoint.run}: leave it out.")
-    return config, checkpoint, None
+        config = parse_train_config(argv)
+        return config, find_auto_start(config)
+    start = find_start(resume_from)
+    if not start.resumed:
+        return parse_train_config(argv), start
+    config = parse_train_config(argv, read_config(start.run))
+    check_own_code(argv, config)
+    if flag_value(argv, "--runs-dir") and config.runs_dir.resolve() != start.run.parent:
+        raise UserError(f"--runs-dir has no effect on a run that continues in {start.run}: leave it out.")
+    return config, start
 
 
-def train_and_report(job: Job, config: TrainConfig, checkpoint: "Checkpoint | None", started: Path | None) -> None:
-    """Trains, and says what it led to."""
-    from fdfo.console import report_end
-    from fdfo.preemption import Stopped
-    from fdfo.trainer import train
+def train_and_report(job: Job, config: TrainConfig, start: "Start | None") -> None:
+    """Train, and print what it led to."""
+    from fdfo.report.html import write_report
+
+    from fdfo.distributed.shutdown import Stopped
+    from fdfo.evaluation.record import newest_evaluation
+    from fdfo.method.trainer import train
+    from fdfo.report.console import print_end
+    from fdfo.run_folder.find_checkpoint import FRESH
 
     try:
-        run = train(job, config, checkpoint, started)
-    except Stopped:  # told already, and no mistake: exit code 0
+        run = train(job, config, start or FRESH)
+    except Stopped:  # printed already, and no mistake: exit code 0
         return
-    report_end(job, run)
+    if job.is_main:
+        newest = newest_evaluation(run.log) if run.held_out is not None else None
+        print_end(run.folder, write_report(run.folder), newest)
     run.log.close()
 
 

@@ -49,18 +49,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import fdfo.trainer  # noqa: E402
-import fdfo.update  # noqa: E402
+import fdfo.method.trainer  # noqa: E402
+import fdfo.method.update  # noqa: E402
 import rewards.vlm  # noqa: E402
-from fdfo.adapter import LORA_TARGETS  # noqa: E402
-from fdfo.config import PRESETS, SD35_MEDIUM, TrainConfig  # noqa: E402
-from fdfo.distributed import Job, run_command_line, start_job  # noqa: E402
-from fdfo.meters import StageClock, versions  # noqa: E402
-from fdfo.model import FlowModel  # noqa: E402
-from fdfo.plan import plan_batches  # noqa: E402
-from fdfo.rollout import Differences, Rollout, trajectory_storage  # noqa: E402
-from fdfo.trainer import train  # noqa: E402
-from rewards import WeightedReward  # noqa: E402
+from fdfo.config.plan import plan_batches  # noqa: E402
+from fdfo.config.presets import PRESETS
+from fdfo.config.train_options import SD35_MEDIUM, TrainConfig  # noqa: E402
+from fdfo.distributed.job import Job  # noqa: E402
+from fdfo.distributed.launch import run_command_line, start_job  # noqa: E402
+from fdfo.distributed.machine import StageClock, versions  # noqa: E402
+from fdfo.method.rollout import Differences, Rollout  # noqa: E402
+from fdfo.method.trainer import train  # noqa: E402
+from fdfo.model.flow_model import FlowModel  # noqa: E402
+from fdfo.model.lora import LORA_TARGETS  # noqa: E402
+from fdfo.model.memory import trajectory_storage  # noqa: E402
+from rewards.scorer import WeightedReward  # noqa: E402
 
 STEPS = 40  # solver steps of a true epoch
 LATENT = 16 * 64 * 64  # numbers in a latent
@@ -97,7 +100,7 @@ class FullSizeConfig:
 
 
 def count_tflop() -> tuple[float, float]:
-    """TFLOP of one sample's forward, and of forward and backward with the LoRA, counted by PyTorch on the meta device."""
+    """Return the TFLOP of one sample's forward pass, and of forward and backward with the LoRA, counted by PyTorch on the meta device."""
     config = SD3Transformer2DModel.load_config(SD35_MEDIUM, subfolder="transformer")
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config).requires_grad_(False)
@@ -112,7 +115,7 @@ def count_tflop() -> tuple[float, float]:
 
 
 def ceiling(seconds: float = 0.0) -> float:
-    """TFLOP/s of a float16 matrix product of 8192^3: median of 20 on a cool GPU, or of the last 20 after so many seconds of them.
+    """Measure TFLOP/s of a float16 matrix product of 8192^3: median of 20 on a cool GPU, or of the last 20 after some seconds.
 
     A GPU at its power limit lowers its clock, so that what it can do for a moment is not what it can do for an epoch.
     """
@@ -129,7 +132,7 @@ def ceiling(seconds: float = 0.0) -> float:
 
 
 def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainConfig:
-    """What train.py is given."""
+    """Return the options that train.py would get."""
     preset = PRESETS[config.preset]
     return dataclasses.replace(
         preset, prompt_set="tiny_heldout", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=not config.eager,
@@ -140,7 +143,7 @@ def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainCo
 
 
 def ballast(run: TrainConfig, pairs: int, device: torch.device) -> list[torch.Tensor]:
-    """Memory for what fewer solver steps leave out: the epoch's trajectories in float16, and those of one batch in float32."""
+    """Take memory for what fewer solver steps leave out: the epoch's trajectories in float16, and those of one batch in float32."""
     missing, batch = STEPS - run.sample.num_solver_steps, plan_batches(run, 1).sample_batch
     epoch = torch.ones(2 * 2 * pairs * missing * LATENT, dtype=torch.float16, device=trajectory_storage(run, device))
     return [epoch, torch.ones(2 * 2 * batch * missing * LATENT, device=device)]
@@ -148,7 +151,7 @@ def ballast(run: TrainConfig, pairs: int, device: torch.device) -> list[torch.Te
 
 @contextlib.contextmanager
 def peaks_by_stage() -> Iterator[dict[str, dict[str, float]]]:
-    """Largest memory on the GPU in every stage, 10^9 bytes; `start` is what comes before the first one."""
+    """Record the largest memory on the GPU in every stage, 10^9 bytes; `start` is what comes before the first one."""
     peaks, stage = {}, StageClock.stage
 
     def note(name: str) -> None:
@@ -188,30 +191,30 @@ def main(config: FullSizeConfig) -> None:
         if config.gradient is not None:
             keep_first_step(config.gradient)
         with peaks_by_stage() as peaks:
-            run = train(job, settings, None)
+            run = train(job, settings)
         del held
         if job.is_main:
             lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
-            report(config, settings, job.world_size, top, peaks, lines)
+            report(config, settings, job.world_size, {"ceiling": top, "peaks": peaks}, lines)
 
 
 def share_first_gpu() -> None:
-    """Lets start_job put every process on the first GPU."""
+    """Let start_job put every process on the first GPU."""
     os.environ["LOCAL_RANK"] = "0"
     initialise = dist.init_process_group
     dist.init_process_group = lambda backend, **settings: initialise("gloo", **settings)
 
 
 def keep_first_step(path: Path) -> None:
-    """Writes a file, on rank 0: the first gradient that the update sums over the processes, and what it came from on this rank.
+    """Write a file on rank 0: the first gradient that the update sums over the processes, and what it came from on this rank.
 
     That is, of this rank's pairs: text, final latents, scores and reward differences.
     """
-    reduce, score, kept = fdfo.update.reduce_gradient, fdfo.trainer.score_share, {}
+    reduce, score, kept = fdfo.method.update.reduce_gradient, fdfo.method.trainer.score_share, {}
 
     def score_and_keep(rollout: Rollout, images: torch.Tensor, reward: WeightedReward) -> Differences:
         found = score(rollout, images, reward)
-        source = {"text": rollout.text.tokens, "latents": rollout.final, **found.scores, "dR": found.dR}
+        source = {"text": rollout.share.text.tokens, "latents": rollout.final, **found.scores, "dR": found.dR}
         kept.update({name: tensor.float().cpu() for name, tensor in source.items()})
         return found
 
@@ -221,13 +224,12 @@ def keep_first_step(path: Path) -> None:
             torch.save(kept | {"gradient": torch.cat([p.grad.flatten() for p in parameters]).cpu()}, path)
 
     path.unlink(missing_ok=True)
-    fdfo.update.reduce_gradient, fdfo.trainer.score_share = reduce_and_keep, score_and_keep
+    fdfo.method.update.reduce_gradient, fdfo.method.trainer.score_share = reduce_and_keep, score_and_keep
 
 
-def report(
-    config: FullSizeConfig, settings: TrainConfig, processes: int, top: dict[str, float], peaks: dict, lines: list[dict]
-) -> None:
-    """The figures of rank 0 as JSON, on the console and into --out. top: of ceiling(); lines: the run's log."""
+def report(config: FullSizeConfig, settings: TrainConfig, processes: int, measured: dict, lines: list[dict]) -> None:
+    """Write the figures of rank 0 as JSON, to the console and to --out. measured: ceiling and peaks; lines: the run's log."""
+    top, peaks = measured["ceiling"], measured["peaks"]
     start, epoch = (next(line for line in lines if line["kind"] == kind) for kind in ("start", "epoch"))
     steps = [line for line in lines if line["kind"] == "step"]
     seconds = {name: value for name, value in epoch["seconds"].items() if name != "checkpoint"}

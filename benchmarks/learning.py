@@ -19,13 +19,15 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fdfo.config import PRESETS  # noqa: E402
-from fdfo.heldout import DEFAULT_PROMPTS, EVALUATION_SEED  # noqa: E402
-from fdfo.model import FlowModel  # noqa: E402
-from fdfo.pictures import draw_pictures, encode_for_pictures  # noqa: E402
-from fdfo.plan import PictureSettings  # noqa: E402
-from fdfo.prompts import load_prompts  # noqa: E402
-from fdfo.selection import Change, change, evaluation_of  # noqa: E402
+from fdfo.config.plan import ImageSettings  # noqa: E402
+from fdfo.config.presets import PRESETS
+from fdfo.evaluation.best_checkpoint import change  # noqa: E402
+from fdfo.evaluation.heldout import DEFAULT_PROMPTS  # noqa: E402
+from fdfo.evaluation.statistics import Change, evaluation_of  # noqa: E402
+from fdfo.method.draw import EVALUATION_SEED  # noqa: E402
+from fdfo.model.flow_model import FlowModel  # noqa: E402
+from fdfo.model.images import draw_images, encode_for_images  # noqa: E402
+from fdfo.storage.prompts import load_prompts  # noqa: E402
 from fdfo.tiny.scenes import parse_caption, render  # noqa: E402
 from rewards.clip import CLIP_MODELS, ClipScorer  # noqa: E402
 from rewards.scene import SceneScorer  # noqa: E402
@@ -48,25 +50,23 @@ class LearningConfig:
 
 
 def references(device: torch.device) -> dict[str, dict[str, float]]:
-    """Held-out scores of the base without and with guidance 3, and of true renderings."""
+    """Return held-out scores of the base without and with guidance 3, and of true renderings."""
     sample = PRESETS["tiny"].sample
     prompts = load_prompts("tiny_heldout")[:DEFAULT_PROMPTS]
     scorers = {"scene": SceneScorer(device), "scene_clip": ClipScorer(*CLIP_MODELS["scene_clip"], device)}
     model = FlowModel("tiny", "fp32", device)
     model.to_device()
-    text = encode_for_pictures(model, prompts)
+    text = encode_for_images(model, prompts)
     pictures = {"true renderings": render([parse_caption(p) for p in prompts], torch.Generator().manual_seed(0))}
     for guidance in (1.0, 3.0):
-        settings = PictureSettings(sample.resolution, sample.resolution, sample.num_solver_steps, guidance, 32)
+        settings = ImageSettings(sample.resolution, sample.resolution, sample.num_solver_steps, guidance, 32)
         seeds = [EVALUATION_SEED + i for i in range(len(prompts))]
-        pictures[f"base, guidance {guidance:g}"] = torch.cat(
-            list(draw_pictures(model, text, range(len(prompts)), seeds, settings))
-        )
+        pictures[f"base, guidance {guidance:g}"] = torch.cat(list(draw_images(model, text, range(len(prompts)), seeds, settings)))
     return {name: {m: float(s.score(prompts, p).mean()) for m, s in scorers.items()} for name, p in pictures.items()}
 
 
 def run_seed(config: LearningConfig, seed: int) -> dict:
-    """One run of train.py: its log, and the wall-clock seconds of the whole command."""
+    """Run train.py once; return its log, and the wall-clock seconds of the whole command."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", "--preset", "tiny", "--seed", seed, "--num-epochs", config.num_epochs]
         command += ["--runs-dir", folder, *config.flags.split()]

@@ -21,14 +21,16 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fdfo.config import PRESETS, TrainConfig, UserError  # noqa: E402
-from fdfo.distributed import run_command_line  # noqa: E402
-from fdfo.meters import versions  # noqa: E402
-from fdfo.model import FlowModel  # noqa: E402
-from fdfo.plan import BatchPlan, plan_batches  # noqa: E402
-from fdfo.prompts import load_prompts  # noqa: E402
-from fdfo.rollout import Differences, Rollout  # noqa: E402
-from fdfo.update import EpochData, accumulate_gradient  # noqa: E402
+from fdfo.config.errors import UserError  # noqa: E402
+from fdfo.config.plan import BatchPlan, plan_batches  # noqa: E402
+from fdfo.config.presets import PRESETS
+from fdfo.config.train_options import TrainConfig  # noqa: E402
+from fdfo.distributed.launch import run_command_line  # noqa: E402
+from fdfo.distributed.machine import versions  # noqa: E402
+from fdfo.method.rollout import Differences, PairShare, Rollout  # noqa: E402
+from fdfo.method.update import EpochData, StepSamples, accumulate_gradient  # noqa: E402
+from fdfo.model.flow_model import FlowModel  # noqa: E402
+from fdfo.storage.prompts import load_prompts  # noqa: E402
 
 STEP_SAMPLES = 8640  # samples of an optimizer step of the default plan
 
@@ -54,7 +56,7 @@ class PrecisionConfig:
 
 
 def build(settings: TrainConfig, precision: str, rows: int | None, fast: bool, device: torch.device) -> FlowModel:
-    """A model with a LoRA whose B is not zero, the same for all precisions; rows: for which a fast one is compiled."""
+    """Build a model with a LoRA whose B is not zero, the same for all precisions; rows: for which a fast one is compiled."""
     model = FlowModel(settings.pretrained_model, precision, device)
     model.add_lora(settings.lora_rank, settings.lora_alpha, settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -69,7 +71,7 @@ def build(settings: TrainConfig, precision: str, rows: int | None, fast: bool, d
 
 
 def inputs(model: FlowModel, settings: TrainConfig) -> Rollout:
-    """Trajectories without their velocities: half-precision values of latents, which every model gets alike, and text."""
+    """Make trajectories without their velocities: half-precision latents, the same for every model, and text."""
     prompts = load_prompts("tiny_heldout" if settings.preset == "tiny" else "showcase")[: settings.total_pairs_per_epoch]
     with model.text_encoders_loaded():
         text = model.encode(prompts)
@@ -78,25 +80,28 @@ def inputs(model: FlowModel, settings: TrainConfig) -> Rollout:
     start, end = torch.randn(2, 2 * len(prompts), 1, *shape, generator=generator)
     level = sigmas[:, None, None, None]  # [T, 1, 1, 1]
     xs = (level * start + (1 - level) * end).half().float().to(model.device)  # [2P, T, C, H, W]
-    return Rollout(prompts, text, None, xs, torch.empty_like(xs), end[:, 0].to(model.device))
+    share = PairShare(0, range(len(prompts)), prompts, text, None)
+    return Rollout(share, xs, torch.empty_like(xs), end[:, 0].to(model.device))
 
 
 @torch.no_grad()
 def velocities(model: FlowModel, plan: BatchPlan, given: Rollout) -> torch.Tensor:
-    """The model's velocity at every point of the trajectories: [2P, T, C, H, W] float32."""
+    """Return the model's velocity at every point of the trajectories: [2P, T, C, H, W] float32."""
     n, steps = given.xs.shape[:2]
     sigmas = model.sigmas(steps).to(model.device)
     found = torch.empty_like(given.xs)
     for part in torch.arange(n * steps, device=model.device).split(plan.train_batch):
         row, step = part // steps, part % steps
-        found[row, step] = model.velocity(given.xs[row, step], sigmas[step], given.text.rows(row // 2), None, 1.0).float()
+        found[row, step] = model.velocity(given.xs[row, step], sigmas[step], given.share.text.rows(row // 2), None, 1.0).float()
     return found
 
 
-def gradient(
-    model: FlowModel, settings: TrainConfig, plan: BatchPlan, rollout: Rollout, spread: float, count: int, scale: float
-) -> torch.Tensor:
-    """The LoRA's gradient of `count` samples of an optimizer step, on the CPU; not finite where it overflows."""
+def gradient(model: FlowModel, settings: TrainConfig, rollout: Rollout, count: int, case: tuple[float, float]) -> torch.Tensor:
+    """Return the LoRA's gradient of `count` samples of an optimizer step, on the CPU; not finite if it overflows.
+
+    case: spread of the reward, and loss scale.
+    """
+    spread, scale = case
     generator = torch.Generator().manual_seed(1)
     n, steps = rollout.xs.shape[:2]
     dR = (spread * torch.randn(n // 2, generator=generator)).repeat_interleave(2) * torch.tensor([0.5, -0.5]).repeat(n // 2)
@@ -106,17 +111,22 @@ def gradient(
     samples = torch.randperm(n * steps, generator=generator)[:count]
     for parameter in model.trainable():
         parameter.grad = None
-    accumulate_gradient(EpochData(model, settings, plan, rollout, differences), samples, STEP_SAMPLES, scale)
+    accumulate_gradient(
+        EpochData(model, settings, plan_batches(settings, 1), rollout, differences),
+        StepSamples(samples, STEP_SAMPLES),
+        scale,
+        lambda done: False,
+    )
     return torch.cat([parameter.grad.flatten().cpu() for parameter in model.trainable()]).double() / scale
 
 
 def error(found: torch.Tensor, true: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the true one."""
+    """Return the norm of the difference over the norm of the true one."""
     return float((found.double() - true.double()).norm() / true.double().norm())
 
 
 def measure(config: PrecisionConfig, device: torch.device) -> dict:
-    """Errors of the eager and the fast model against float32, one model on the device at a time."""
+    """Measure the errors of the eager and the fast model against float32, one model on the device at a time."""
     preset = PRESETS[config.preset]
     settings = dataclasses.replace(preset, total_pairs_per_epoch=config.pairs, max_batch_size=13)
     plan = plan_batches(settings, 1)
@@ -131,7 +141,7 @@ def measure(config: PrecisionConfig, device: torch.device) -> dict:
         v[kind] = own.velocities.cpu()
         for spread in config.reward_spreads:
             for scale in scales:
-                gradients[kind, spread, scale] = gradient(model, settings, plan, own, spread, config.samples, scale)
+                gradients[kind, spread, scale] = gradient(model, settings, own, config.samples, (spread, scale))
         del model, own
     for kind in ("eager", "fast"):
         result["velocity"][kind] = error(v[kind], v["float32"])

@@ -34,10 +34,9 @@ from transformers import (
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny_dreamsim import save_dreamsim  # noqa: E402
 from tiny_qwen import save_processor, token_ids  # noqa: E402
 
-from fdfo.config import SD35_MEDIUM  # noqa: E402
+from fdfo.config.train_options import SD35_MEDIUM  # noqa: E402
 from fdfo.tiny.architecture import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
 from rewards.clip import CLIP_MODELS  # noqa: E402
 from rewards.vlm import VLM_MODELS  # noqa: E402
@@ -72,7 +71,7 @@ class HubConfig:
 
 
 def save_sd35(folder: Path, t5_layers: int) -> None:
-    """StableDiffusion3Pipeline of SD3.5 Medium's shapes, bfloat16."""
+    """Save a StableDiffusion3Pipeline of SD3.5 Medium's shapes, bfloat16."""
     clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
     clip.model_max_length, t5.model_max_length = 77, 512
     xxl = T5Config(
@@ -100,7 +99,7 @@ def save_sd35(folder: Path, t5_layers: int) -> None:
 
 
 def save_clip(folder: Path, text: dict, vision: dict, projection: int) -> None:
-    """A CLIPModel with its processor; stored in bfloat16, the scorer computes in float32."""
+    """Save a CLIPModel with its processor; stored in bfloat16, the scorer computes in float32."""
     tokenizer = build_clip_tokenizer()
     tokenizer.model_max_length = 77
     text = {name: value for name, value in text.items() if name != "projection_dim"}
@@ -109,7 +108,7 @@ def save_clip(folder: Path, text: dict, vision: dict, projection: int) -> None:
 
 
 def save_vlm(folder: Path, size: str) -> None:
-    """Qwen2.5-VL of 3 or 7 billion parameters with its processor, bfloat16."""
+    """Save a Qwen2.5-VL of 3 or 7 billion parameters with its processor, bfloat16."""
     hidden, inner, layers, heads, groups = (3584, 18944, 28, 28, 4) if size == "qwenvl-7b" else (2048, 11008, 36, 16, 2)
     rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
     text = dict(
@@ -147,6 +146,8 @@ def main(config: HubConfig) -> None:
     if "vlm" in config.parts:
         put(VLM_MODELS[config.vlm], lambda folder: save_vlm(folder, config.vlm))
     if "dreamsim" in config.parts:
+        from tiny_dreamsim import save_dreamsim  # imports a package of its own that the other parts do without
+
         torch.set_default_dtype(torch.float32)
         save_dreamsim(config.out / "torch" / "hub" / "dreamsim", width=768, heads=12)
 

@@ -1,1 +1,15 @@
-"""FDFO: online RL post-training of Stable Diffusion 3.5 Medium with finite differences of a reward along the flow."""
+"""FDFO: online RL post-training of a text-to-image flow model with finite differences of a reward along the flow."""
+
+FOLDERS = (
+    ("scripts",),  # train.py, generate.py, metrics.py and benchmarks/
+    ("method",),
+    ("evaluation", "export"),
+    ("report",),
+    ("run_folder",),
+    ("rewards",),  # beside fdfo/, not inside it
+    ("model",),
+    ("distributed", "storage"),
+    ("tiny",),
+    ("config",),
+)
+"""From top to bottom: a folder imports only folders below its own line. tests/test_structure.py checks it."""

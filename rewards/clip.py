@@ -1,9 +1,9 @@
-"""The CLIP family (METHOD.md 5): pickscore, hpsv2, clip_h14, clip_l14, and the tiny preset's scene_clip. One class."""
+"""The CLIP family (docs/method.md 5): pickscore, hpsv2, clip_h14, clip_l14, and the tiny preset's scene_clip. One class."""
 
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from fdfo.hub import hub_errors
+from fdfo.storage.hub import hub_errors
 from fdfo.tiny import SCENE_CLIP
 
 CLIP_MODELS = {  # name: (model, processor), hub ids or folders
@@ -20,7 +20,7 @@ class ClipScorer:
     """exp(logit_scale) cos(text, image) of a CLIPModel in float32; text is cut at the model's length."""
 
     def __init__(self, model: str, processor: str, device: str | torch.device = "cpu"):
-        """model, processor: hub ids or folders. Raises UserError when they cannot be had."""
+        """model, processor: hub ids or folders. Raises UserError if they cannot be loaded."""
         self.device, self.description = torch.device(device), f"CLIP logit of {model}, processor {processor}"
         with hub_errors(model):
             self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).requires_grad_(False).eval().to(device)
@@ -29,7 +29,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
-        """prompts [N], images [N, 3, H, W] float in [0, 1] or uint8 -> [N] float32. Floats are not quantised."""
+        """Score prompts [N], images [N, 3, H, W] float in [0, 1] or uint8 -> [N] float32. Floats are not quantised."""
         chunks = [
             self._score_batch(prompts[i : i + MAX_BATCH], images[i : i + MAX_BATCH]) for i in range(0, len(prompts), MAX_BATCH)
         ]
@@ -47,10 +47,10 @@ class ClipScorer:
 
 
 def stacked(pixels: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """Pixel values of an image processor, which some transformers versions return as a list: -> [N, 3, H, W]."""
+    """Stack the pixel values of an image processor, which some transformers versions return as a list -> [N, 3, H, W]."""
     return torch.stack(list(pixels)) if isinstance(pixels, list) else pixels
 
 
 def embedding(output: object) -> torch.Tensor:
-    """The projected features, which transformers 5 wraps into an output object and earlier versions do not: -> [N, D]."""
+    """Return the projected features, which transformers 5 wraps into an output object -> [N, D]."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output

@@ -1,4 +1,4 @@
-"""dreamsim_diversity (METHOD.md 5): how different the pictures of one prompt are, by the DreamSim ensemble."""
+"""dreamsim_diversity (docs/method.md 5): how different the images of one prompt are, by the DreamSim ensemble."""
 
 import pickle
 import zipfile
@@ -8,20 +8,20 @@ import torch
 from dreamsim import dreamsim
 from PIL import Image
 
-from fdfo.config import UserError
-from fdfo.distributed import Job
+from fdfo.config.errors import UserError
+from fdfo.distributed.job import Job
 
 CACHE = Path(torch.hub.get_dir()) / "dreamsim"  # read here, since the package moves torch.hub's folder
 MAX_BATCH = 64
 
 
 class DreamSimDiversity:
-    """Per prompt, the mean over its picture pairs of the squared L2 distance between `model.embed` outputs: 0 to 4."""
+    """Per prompt, the mean over its image pairs of the squared L2 distance between `model.embed` outputs: 0 to 4."""
 
-    description = "DreamSim ensemble, mean squared distance of a prompt's picture pairs"
+    description = "DreamSim ensemble, mean squared distance of a prompt's image pairs"
 
     def __init__(self, job: Job):
-        """Rank 0 loads first, so that the weights and torch.hub's code of DINO are downloaded once. Raises UserError."""
+        """Load on rank 0 first, so that the weights and torch.hub's code of DINO are downloaded once. Raises UserError."""
         self.device = job.device
         job.on_main(self._load)
         if not job.is_main:
@@ -41,7 +41,7 @@ class DreamSimDiversity:
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """images [N, 3, H, W] uint8 -> [N, D] float32, through the package's own preprocessing."""
+        """Embed images [N, 3, H, W] uint8 -> [N, D] float32, through the package's own preprocessing."""
         rows = []
         for batch in images.split(MAX_BATCH):
             pixels = [self.preprocess(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in batch.cpu()]
@@ -49,10 +49,10 @@ class DreamSimDiversity:
         return torch.cat(rows)
 
     def score_sets(self, images: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """images [N, 3, H, W] uint8, the counts[k] pictures of prompt k lie together -> [P] float32; NaN for a single picture."""
+        """Score images [N, 3, H, W] uint8; the counts[k] images of prompt k lie together -> [P] float32; NaN for a single image."""
         return mean_pair_distances(self.embed(images), counts)
 
 
 def mean_pair_distances(embeddings: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Mean over pairs of rows of the squared L2 distance, set by set: embeddings [N, D], counts [P] -> [P]."""
+    """Return the mean over pairs of rows of the squared L2 distance, set by set: embeddings [N, D], counts [P] -> [P]."""
     return torch.stack([torch.pdist(rows.float()).square().mean() for rows in embeddings.split(counts)])

@@ -6,7 +6,7 @@ the background's colour, every object (there, of that colour, of that shape), an
 
 import torch
 
-from fdfo.config import UserError
+from fdfo.config.errors import UserError
 from fdfo.tiny.scenes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, parse_caption, shape_mask
 
 COLOUR_TOLERANCE = 0.30  # a pixel farther than this from its nearest palette colour (L2, RGB in [0, 1]) has no colour
@@ -16,7 +16,7 @@ MAX_BATCH = 256
 
 
 class SceneScorer:
-    """Score of a picture against a caption of the tiny preset's grammar, in [0, 100]; true renderings get about 97."""
+    """Score of an image against a caption of the tiny preset's grammar, in [0, 100]; true renderings get about 97."""
 
     description = "colours, shapes and places of a scene against its caption"
 
@@ -24,18 +24,18 @@ class SceneScorer:
         self.palette = torch.tensor(list(COLOURS.values()), device=device)  # [K, 3]
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """Raises UserError for a prompt outside the grammar."""
+        """Raise UserError for a prompt outside the grammar."""
         for prompt in prompts:
             parse_caption(prompt)
 
     @torch.no_grad()
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
-        """prompts [N], images [N, 3, 64, 64] float in [0, 1] or uint8 -> [N] float32.
+        """Score prompts [N], images [N, 3, 64, 64] float in [0, 1] or uint8 -> [N] float32.
 
-        Raises UserError when a prompt is outside the grammar or the pictures are not 64 x 64.
+        Raises UserError if a prompt is outside the grammar or the images are not 64 x 64.
         """
         if tuple(images.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise UserError(f"The scene scorer needs pictures of {IMAGE_SIZE} x {IMAGE_SIZE}, got {tuple(images.shape)}.")
+            raise UserError(f"The scene scorer needs images of {IMAGE_SIZE} x {IMAGE_SIZE}, got {tuple(images.shape)}.")
         scenes = [parse_caption(prompt) for prompt in prompts]
         scores = [
             self._score_batch(scenes[i : i + MAX_BATCH], images[i : i + MAX_BATCH]) for i in range(0, len(scenes), MAX_BATCH)
@@ -67,7 +67,7 @@ class SceneScorer:
 
 
 def object_fact(mask: torch.Tensor, shapes: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """How well the pixels of one colour make up the shape: mask [N, H, W] in {0, 1} -> fact [N] in [0, 1], centre [N, 2].
+    """Return how well the pixels of one colour make up the shape: mask [N, H, W] in {0, 1} -> fact [N] in [0, 1], centre [N, 2].
 
     Every shape is drawn again with the mask's centre of mass and area; the caption's shape must overlap well, and
     better than the other four.
@@ -85,7 +85,7 @@ def object_fact(mask: torch.Tensor, shapes: list[str]) -> tuple[torch.Tensor, to
 
 
 def template_overlap(mask: torch.Tensor, area: torch.Tensor, centroid: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of the mask with each shape of the same area and centre of mass: -> [N, S]."""
+    """Return the intersection over union of the mask with each shape of the same area and centre of mass: -> [N, S]."""
     unit = torch.tensor([[IMAGE_SIZE / 2, IMAGE_SIZE / 2]], device=mask.device)
     grid = torch.arange(IMAGE_SIZE, device=mask.device) + 0.5
     overlaps = []
@@ -101,7 +101,7 @@ def template_overlap(mask: torch.Tensor, area: torch.Tensor, centroid: torch.Ten
 
 
 def relation_fact(centre1: torch.Tensor, centre2: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
-    """1 where object 2 lies clearly on its side of object 1, 0 where it does not: centres [N, 2] -> [N] in [0, 1]."""
+    """Return 1 if object 2 lies clearly on its side of object 1, 0 if it does not: centres [N, 2] -> [N] in [0, 1]."""
     direction = torch.tensor([RELATIONS[s.relation] if s.relation else (0, 0) for s in scenes], device=centre1.device)
     delta = centre2 - centre1  # [N, 2]
     along = (delta * direction).sum(1)

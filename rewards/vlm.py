@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as a judge (METHOD.md 5): vlm_alignment, vlm_quality, vlm_photo, asked the metrics' way or training's way."""
+"""Qwen2.5-VL as a judge (docs/method.md 5): vlm_alignment, vlm_quality, vlm_photo, with the question of metrics or of training."""
 
 from typing import Literal
 
@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from fdfo.acceleration import pad_rows
-from fdfo.config import UserError
-from fdfo.distributed import Job
-from fdfo.hub import hub_errors
-from rewards.sharding import load_sharded, needs_sharding
-from rewards.vision_attention import use_varlen_attention
+from fdfo.config.errors import UserError
+from fdfo.distributed.job import Job
+from fdfo.model.acceleration import pad_rows
+from fdfo.storage.hub import hub_errors
+from rewards.vlm_loading import load_sharded, needs_sharding, use_varlen_attention
 
 VLM_MODELS = {
     "qwenvl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
@@ -26,18 +25,18 @@ QUESTIONS = {
     "vlm_quality_train": "Is this image of professional quality? Answer with Yes or No.",
     "vlm_photo_train": "Does this image look photorealistic? Answer with Yes or No.",
 }
-TRAINING_SIZE = 504  # side to which the training way resizes pictures, pixels
+TRAINING_SIZE = 504  # side to which the training way resizes images, pixels
 MAX_BATCH = 16
-LENGTH_STEP = 256  # tokens of picture, question and caption together; 512 hold a caption of about 150
+LENGTH_STEP = 256  # tokens of image, question and caption together; 512 hold a caption of about 150
 
 
 class Vlm:
     """The model and its processor on the job's device, bfloat16 on a GPU and float32 on a CPU. Loaded once for all questions."""
 
     def __init__(self, model: str, job: Job, shard: bool = False, whole: bool = False):
-        """model: a key of VLM_MODELS, a hub id or a folder; shard: spread the weights over the job's processes where one GPU
-        has no room for them; whole: they must not be spread, since they are to leave the GPU between two calls.
-        Raises UserError when the model cannot be had, or would have to be spread and must not."""
+        """model: a key of VLM_MODELS, a hub id or a folder; shard: shard the weights over the job's processes if one GPU
+        has no room for them; whole: they must not be sharded, since they leave the GPU between two calls.
+        Raises UserError if the model cannot be loaded, or would have to be sharded and must not be."""
         self.name, self.job = VLM_MODELS.get(model, model), job
         dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
         with hub_errors(self.name):
@@ -62,10 +61,10 @@ class Vlm:
 
     @torch.no_grad()
     def yes_over_no(self, texts: list[str], images: torch.Tensor, rescale: bool, resize: bool) -> torch.Tensor:
-        """logit Yes - logit No at the answer position: texts [N] from dialogue(), images [N, 3, H, W] -> [N] float32.
+        """Return logit Yes - logit No at the answer position: texts [N] from dialogue(), images [N, 3, H, W] -> [N] float32.
 
         N is at most MAX_BATCH. On a GPU, whose kernels round differently for other shapes, the rows and the length are filled
-        up, so that a picture's score does not depend on how many others this process has, while no caption is longer than
+        up, so that an image's score does not depend on how many others this process has, while no caption is longer than
         LENGTH_STEP allows.
         """
         rows, step = len(texts), 1
@@ -79,7 +78,7 @@ class Vlm:
         return logits[:, self.yes] - logits[:, self.no]
 
     def dialogue(self, question: str, prompt: str) -> str:
-        """The text up to the answer. The caption is data: neither a template nor, with a blank in them, control tokens."""
+        """Return the text up to the answer. The caption is data: it is no template, and a blank breaks up control tokens in it."""
         for token in self.control_tokens:
             prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
         user = [{"type": "image"}, {"type": "text", "text": question.replace("{prompt}", prompt)}]
@@ -93,17 +92,17 @@ class Vlm:
 class VlmScorer:
     """100 sigmoid(logit Yes - logit No) of one question.
 
-    preprocessing "training": pictures as unquantised floats, resized to 504 x 504 (bilinear, no antialias), the processor
-    neither rescales nor resizes; "metrics": through the model's own processor (METHOD.md 5).
+    preprocessing "training": images as unquantised floats, resized to 504 x 504 (bilinear, no antialias), the processor
+    neither rescales nor resizes; "metrics": through the model's own processor (docs/method.md 5).
     """
 
     def __init__(self, vlm: Vlm, question: str, preprocessing: Literal["training", "metrics"]):
         self.vlm, self.model, self.question, self.preprocessing = vlm, vlm.model, question, preprocessing
-        self.description = f"{vlm.name}, asked {question!r}, pictures prepared the {preprocessing} way"
+        self.description = f"{vlm.name}, asked {question!r}, images prepared the {preprocessing} way"
 
     @torch.no_grad()
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
-        """prompts [N], images [N, 3, H, W] float in [0, 1] or uint8 -> [N] float32 in [0, 100].
+        """Score prompts [N], images [N, 3, H, W] float in [0, 1] or uint8 -> [N] float32 in [0, 100].
 
         A sharded model is called by all ranks together: each must call score equally often, with any N of 1 or more.
         """

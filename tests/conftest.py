@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from fdfo.distributed import Job, run_command_line  # noqa: E402
-from fdfo.model import FlowModel  # noqa: E402
+from fdfo.distributed.job import Job  # noqa: E402
+from fdfo.distributed.launch import run_command_line  # noqa: E402
+from fdfo.model.flow_model import FlowModel  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-from fdfo.config import PRESETS, SampleConfig
-from fdfo.distributed import run_command_line, start_job
-from fdfo.preparation import prepare
-from fdfo.prompts import epoch_prompts
-from fdfo.rollout import FIRST_CHURN, START, encode_prompts, pair_gammas, sample_share, score_share, standard_normal
-from fdfo.trainer import train
-from fdfo.update import EpochData, accumulate_gradient, reduce_gradient, step_samples
+from fdfo.config.presets import PRESETS
+from fdfo.config.train_options import SampleConfig
+from fdfo.distributed.launch import run_command_line, start_job
+from fdfo.method.prepare import prepare
+from fdfo.method.rollout import FIRST_CHURN, START, PairShare, pair_gammas, sample_share, score_share, standard_normal
+from fdfo.method.trainer import train
+from fdfo.method.update import EpochData, accumulate_gradient, reduce_gradient, step_samples
+from fdfo.run_folder.find_checkpoint import FRESH
+from fdfo.storage.prompts import epoch_prompts
 
 
 def main(out: str, runs_dir: str, pairs: int) -> None:
@@ -28,7 +30,7 @@ def main(out: str, runs_dir: str, pairs: int) -> None:
         runs_dir=Path(runs_dir),
     )
     with start_job() as job:
-        run = prepare(job, dataclasses.replace(config, runs_dir=Path(runs_dir) / "probe"), None)
+        run = prepare(job, dataclasses.replace(config, runs_dir=Path(runs_dir) / "probe"), FRESH)
         own, model = job.share(pairs), run.model
         prompts = epoch_prompts(run.prompts, 1, pairs, config.seed)[own.start : own.stop]
         shape, sigmas = model.latent_shape(64), model.sigmas(8)
@@ -40,16 +42,16 @@ def main(out: str, runs_dir: str, pairs: int) -> None:
             for pair in own
         ]
         gammas = pair_gammas(config, sigmas, 1, own)
-        text, empty = encode_prompts(model, prompts, config)
-        rollout = sample_share(model, config, run.plan, 1, own, prompts, text, empty)
+        share = PairShare(1, own, prompts, *model.encode_prompts(prompts, config.sample.guidance_scale))
+        rollout = sample_share(model, config, run.plan, share)
         held = rollout.xs.numel()
-        differences = score_share(rollout, model.decode(rollout.final), run.reward)
-        samples, total = step_samples(run.plan, config, 1, own)[0]
-        accumulate_gradient(EpochData(model, config, run.plan, rollout, differences), samples, total, 1.0)
+        differences = score_share(rollout, model.decode(rollout.final), run.judges.reward)
+        samples = step_samples(run.plan, config, 1, own)[0]
+        accumulate_gradient(EpochData(model, config, run.plan, rollout, differences), samples, 1.0, lambda done: False)
         reduce_gradient(job, model.trainable(), 1.0)
         gradient = torch.cat([p.grad.flatten() for p in model.trainable()])
         start = torch.cat([p.detach().flatten() for p in model.trainable()])
-        finished = train(job, config, None)
+        finished = train(job, config)
         end = torch.cat([p.detach().flatten() for p in finished.model.trainable()])
         parts = job.gather_objects({"prompts": prompts, "noise": noise, "gammas": gammas, "held": held})
         if job.is_main:

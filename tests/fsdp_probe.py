@@ -1,10 +1,10 @@
-"""Run under torchrun by test_vlm.py: scores unequal numbers of pictures with a sharded and an unsharded judge."""
+"""Run under torchrun by test_vlm.py: scores unequal numbers of images with a sharded and an unsharded judge."""
 
 import sys
 
 import torch
 
-from fdfo.distributed import run_command_line, start_job
+from fdfo.distributed.launch import run_command_line, start_job
 from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 
 

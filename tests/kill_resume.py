@@ -24,9 +24,9 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from test_training import comparable  # noqa: E402
 
-import fdfo.trainer  # noqa: E402, F401
+import fdfo.method.trainer  # noqa: E402, F401
 import train  # noqa: E402
-from fdfo.distributed import run_command_line  # noqa: E402
+from fdfo.distributed.launch import run_command_line  # noqa: E402
 
 EPOCHS = 6
 FLAGS = (

@@ -29,7 +29,7 @@ class NotANumber(Brightness):
 
 
 class FailsLater(Brightness):
-    """Works in the first epoch; later one picture has no finite score."""
+    """Works in the first epoch; later one image has no finite score."""
 
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         scores = super().score(prompts, images)
@@ -47,14 +47,14 @@ class Interrupted(Brightness):
 
 
 class SometimesNotANumber(Brightness):
-    """One picture in a hundred, the same in every epoch, has no score."""
+    """One image in a hundred, the same in every epoch, has no score."""
 
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         return super().score(prompts, images).index_fill(0, torch.arange(7, len(images), 100), float("nan"))
 
 
 class NeverAgain(Brightness):
-    """Works in the first epoch; later no picture has a score, as where the adapter has broken."""
+    """Works in the first epoch; later no image has a score, as where the adapter has broken."""
 
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         scores = super().score(prompts, images)
@@ -120,7 +120,7 @@ class Dies(Brightness):
 
 
 class ConstantLater(Brightness):
-    """Works in the first epoch; later all pictures are worth the same."""
+    """Works in the first epoch; later all images are worth the same."""
 
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         scores = super().score(prompts, images)

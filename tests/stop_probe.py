@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from signal_inside import signal_inside
 from test_training import comparable, log_of
 
-from fdfo.checkpoint import all_checkpoints, find_checkpoint
-from fdfo.config import PRESETS, SampleConfig
-from fdfo.distributed import run_command_line, start_job
-from fdfo.preemption import Stopped
-from fdfo.trainer import train
+from fdfo.config.presets import PRESETS
+from fdfo.config.train_options import SampleConfig
+from fdfo.distributed.launch import run_command_line, start_job
+from fdfo.distributed.shutdown import Stopped
+from fdfo.method.trainer import train
+from fdfo.run_folder.find_checkpoint import FRESH, all_checkpoints, find_start
 
 STAGES = {
     "sample_share": 0,
@@ -35,22 +36,22 @@ def main(runs_dir: Path) -> None:
         eval_prompts=2, eval_every=5, runs_dir=runs_dir / "straight",
     )  # fmt: skip
     with start_job() as job:
-        straight = train(job, config, None).folder
+        straight = train(job, config).folder
         parts = dataclasses.replace(config, runs_dir=runs_dir / "parts")
         run = parts.runs_dir / straight.name
         for epochs, (stage, rank) in enumerate(STAGES.items(), start=1):
-            checkpoint = job.on_main(lambda: find_checkpoint(str(run))) if epochs > 1 else None
+            start = job.on_main(lambda: find_start(str(run))) if epochs > 1 else FRESH
             armed = (run / "checkpoints" / f"epoch-000000{epochs}").is_dir
             sender = signal_inside(stage, signal.SIGTERM, armed) if job.rank == rank else contextlib.nullcontext()
             try:
                 with sender:
-                    train(job, parts, checkpoint)
+                    train(job, parts, start)
             except Stopped as stopped:
                 assert f"SIGTERM on rank {rank}" in str(stopped), stopped
             else:
                 raise AssertionError(f"the signal in {stage} was lost")
             job.print(f"stopped in {stage}, at {all_checkpoints(run)[-1].name}" if job.is_main else "")
-        train(job, parts, job.on_main(lambda: find_checkpoint(str(run))))
+        train(job, parts, job.on_main(lambda: find_start(str(run))))
         one, two = (
             load_file(folder / "checkpoints" / "epoch-0000006" / "adapter_model.safetensors") for folder in (straight, run)
         )

@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
-from fdfo.acceleration import cast_frozen_weights, pad_rows, try_compiled
-from fdfo.adapter import lora_targets
-from fdfo.lora_attention import GroupedJointAttention, LoraProduct
-from fdfo.model import FlowModel
-from fdfo.text import TextEmbeddings
+from fdfo.model.acceleration import cast_frozen_weights, pad_rows, try_compiled
+from fdfo.model.flow_model import FlowModel
+from fdfo.model.lora import lora_targets
+from fdfo.model.lora_attention import GroupedJointAttention, LoraProduct
+from fdfo.model.text import TextEmbeddings
 
 
 @pytest.fixture

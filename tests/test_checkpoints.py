@@ -15,11 +15,19 @@ import torch
 from test_stopping import final_state, same, stopped
 from test_training import small
 
-from fdfo.checkpoint import all_checkpoints, find_checkpoint, find_own_run
-from fdfo.config import UserError
-from fdfo.distributed import Job
-from fdfo.manifest import text_sum
-from fdfo.trainer import train
+from fdfo.config.errors import UserError
+from fdfo.distributed.job import Job
+from fdfo.method.trainer import train
+from fdfo.run_folder.find_checkpoint import (
+    FRESH,
+    Checkpoint,
+    Start,
+    all_checkpoints,
+    find_auto_start,
+    find_checkpoint,
+    find_start,
+)
+from fdfo.storage.atomic_files import json_hash
 
 JOB = Job(0, 1, torch.device("cpu"))
 FILES = (
@@ -32,9 +40,7 @@ INSIDE_EPOCH = (*FILES, "epoch_start.safetensors")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two finished runs of three epochs that differ in the seed."""
-    return [
-        train(JOB, small(tmp_path_factory.mktemp("runs"), num_epochs=3, save_freq=1, seed=seed), None).folder for seed in (6, 7)
-    ]
+    return [train(JOB, small(tmp_path_factory.mktemp("runs"), num_epochs=3, save_freq=1, seed=seed)).folder for seed in (6, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +96,7 @@ def test_a_damaged_file_is_refused_by_name_and_passed_over(
         with pytest.raises(UserError, match=named):
             find_checkpoint(str(folder))
         assert find_checkpoint(str(run)).folder == all_checkpoints(run)[-2]
-        assert f"{newest.name} is passed over" in capsys.readouterr().out and not mark.exists()
+        assert f"{newest.name} is skipped" in capsys.readouterr().out and not mark.exists()
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(runs: list[Path], tmp_path: Path):
@@ -98,7 +104,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(runs: list[Path]
     shutil.copytree(runs[0], run)
     damage(run / "checkpoints" / "epoch-0000003" / "adapter_model.safetensors", "bit", Path(), Path())
     config = small(tmp_path, num_epochs=3, save_freq=1)
-    train(JOB, config, find_checkpoint(str(run)))
+    train(JOB, config, find_start(str(run)))
     assert same(final_state(run, 3), final_state(runs[0], 3))
     assert len(list((run / "checkpoints").glob("abandoned-*-epoch-0000003"))) == 1
 
@@ -112,7 +118,7 @@ def test_a_missing_file_and_a_state_without_sums_are_refused(runs: list[Path], t
     with pytest.raises(UserError, match="training_state.safetensors is damaged or foreign"):
         find_checkpoint(str(folder))
     (folder / "training_state.json").write_text('{"epoch": 3, "samples": 1, "loss_scale": {}}')
-    with pytest.raises(UserError, match="no checksums, as those of earlier versions"):
+    with pytest.raises(UserError, match="no checksums, like those of early versions"):
         find_checkpoint(str(folder))
     (folder / "training_state.json").unlink()
     assert not find_checkpoint(str(folder)).resumable
@@ -124,7 +130,7 @@ def test_a_whole_checkpoint_of_another_run_is_refused(runs: list[Path], tmp_path
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(runs[1] / "checkpoints", run / "checkpoints")
     with pytest.raises(UserError, match="checkpoint of a run with other settings"):
-        train(JOB, small(tmp_path, num_epochs=4), find_checkpoint(str(run)))
+        train(JOB, small(tmp_path, num_epochs=4), find_start(str(run)))
 
 
 @pytest.mark.parametrize(
@@ -147,14 +153,14 @@ def test_a_sealed_state_with_nonsense_is_refused(runs: list[Path], tmp_path: Pat
     content = json.loads(path.read_text())
     content["state"] |= change
     del content["sha256"]
-    path.write_text(json.dumps(content | {"sha256": text_sum(content)}))
+    path.write_text(json.dumps(content | {"sha256": json_hash(content)}))
     with pytest.raises(UserError, match="damaged"):
-        train(JOB, small(tmp_path, num_epochs=4), find_checkpoint(str(path.parent)))
+        train(JOB, small(tmp_path, num_epochs=4), find_start(str(path.parent)))
 
 
 def test_old_checkpoints_are_deleted_as_asked(tmp_path: Path):
     config = small(tmp_path, num_epochs=6, save_freq=1, keep_last=2, keep_every=3, gradient_steps_per_epoch=1)
-    run = train(JOB, config, None).folder
+    run = train(JOB, config).folder
     assert [folder.name for folder in (run / "checkpoints").iterdir() if folder.name[-1] in "1246"] == ["epoch-0000006"]
     assert [folder.name for folder in all_checkpoints(run)] == [f"epoch-000000{epoch}" for epoch in (3, 5, 6)]
 
@@ -162,39 +168,40 @@ def test_old_checkpoints_are_deleted_as_asked(tmp_path: Path):
 def test_a_full_disk_ends_with_one_sentence_and_the_last_checkpoint_intact(tmp_path: Path):
     """The limit on a file's size stands for the disk's: writing fails in the midst of the adapter."""
     config = small(tmp_path, save_freq=1)
-    run = train(JOB, config, None).folder
+    run = train(JOB, config).folder
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
         with pytest.raises(UserError, match="epoch-0000002 cannot be written .*make room, then resume"):
-            train(JOB, dataclasses.replace(config, num_epochs=3), find_checkpoint(str(run)))
+            train(JOB, dataclasses.replace(config, num_epochs=3), find_start(str(run)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch-0000001"]
-    train(JOB, dataclasses.replace(config, num_epochs=3), find_checkpoint(str(run)))
+    train(JOB, dataclasses.replace(config, num_epochs=3), find_start(str(run)))
 
 
 def test_auto_finds_its_own_run(runs: list[Path], tmp_path: Path, capsys):
     config = dataclasses.replace(small(tmp_path, num_epochs=3, save_freq=1), resume_from="auto")
-    assert find_own_run(config) == (None, None)
+    assert find_auto_start(config) == FRESH
     for number in (0, 1):
         shutil.copytree(runs[0], tmp_path / f"0000{number}-scene-cfg_1p0")
     shutil.copytree(runs[1], tmp_path / "00002-scene-cfg_1p0")
     (tmp_path / "00003-scene-cfg_1p0").mkdir()
     own = tmp_path / "00001-scene-cfg_1p0"
     found = [
-        find_own_run(dataclasses.replace(config, **change))
+        find_auto_start(dataclasses.replace(config, **change))
         for change in ({}, {"num_epochs": 9, "keep_last": 1}, {"lora_rank": 8})
     ]
-    assert [checkpoint and checkpoint.folder for checkpoint, _ in found] == [own / "checkpoints" / "epoch-0000003"] * 2 + [None]
+    whole = Start(Checkpoint(own / "checkpoints" / "epoch-0000003", own), own)
+    assert found == [whole, whole, FRESH]
     faster = dataclasses.replace(config.train, learning_rate=1e-3)
     capsys.readouterr()
-    assert find_own_run(dataclasses.replace(config, train=faster)) == (None, None)
+    assert find_auto_start(dataclasses.replace(config, train=faster)) == FRESH
     told = capsys.readouterr().out
-    assert "00003-scene-cfg_1p0 is passed over" in told and "so a new one begins (00002-scene-cfg_1p0 differs in " in told
+    assert "00003-scene-cfg_1p0 is skipped" in told and "so a new one begins (00002-scene-cfg_1p0 differs in " in told
     shutil.rmtree(own / "checkpoints")
-    assert find_own_run(config) == (None, own)
-    assert same(final_state(train(JOB, config, None, own).folder, 3), final_state(runs[0], 3))
+    assert find_auto_start(config) == Start(run=own)
+    assert same(final_state(train(JOB, config, Start(run=own)).folder, 3), final_state(runs[0], 3))
 
 
 def test_two_processes_do_not_train_in_one_folder(runs: list[Path], tmp_path: Path):
@@ -206,7 +213,7 @@ def test_two_processes_do_not_train_in_one_folder(runs: list[Path], tmp_path: Pa
         other.stdout.readline()
         before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
         with pytest.raises(UserError, match="another process may be training in it"):
-            train(JOB, small(tmp_path, num_epochs=4), find_checkpoint(str(run)))
+            train(JOB, small(tmp_path, num_epochs=4), find_start(str(run)))
         assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
         other.stdin.close()
-    assert train(JOB, small(tmp_path, num_epochs=4), find_checkpoint(str(run))).progress.epochs == 4
+    assert train(JOB, small(tmp_path, num_epochs=4), find_start(str(run))).progress.epochs == 4

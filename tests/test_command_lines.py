@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY_RUN
 from hub_server import HubServer
-from PIL import Image
+from PIL import Image, ImageFont
 
-from fdfo.config import UserError
-from fdfo.sheets import wrap
+from fdfo.config.errors import UserError
+from fdfo.report.sheets import caption
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ WRONG = {
     "churn number": (["train", "--preset", "tiny", "--churn.mu", "1"], "no effect"),
     "two rewards": (["train", "--preset", "tiny", "--reward-preset", "scene", "--reward-specs", "scene=1"], "no effect beside --reward-specs"),
     "evaluations that are not made": (["train", "--preset", "tiny", "--eval-prompts", "0", "--eval-metrics", "scene"], "--eval-metrics has no effect"),
-    "nothing to resume": (["train", "--preset", "tiny", "--resume-from", ""], "--resume-from is empty"),
-    "no checkpoint": (["generate", "--preset", "tiny", "--out", "x.jpg", "--checkpoint", ""], "--checkpoint is empty"),
-    "seed of pictures": (["generate", "--preset", "tiny", "--out", "x.jpg", "--seed", "99999999999999999999"], "--seed in 0 to"),
-    "no churn": (["train", "--preset", "tiny", "--churn.weight", "0"], "give a positive number"),
+    "nothing to resume": (["train", "--preset", "tiny", "--resume-from", ""], "--resume-from is '': it should have at least 1 character"),
+    "no checkpoint": (["generate", "--preset", "tiny", "--out", "x.jpg", "--checkpoint", ""], "--checkpoint is '': it should have at least 1 character"),
+    "seed of images": (["generate", "--preset", "tiny", "--out", "x.jpg", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
+    "no churn": (["train", "--preset", "tiny", "--churn.weight", "0"], "--churn.weight is 0.0: it should be greater than 0"),
     "foreign captions": (["train", "--preset", "tiny", "--prompt-set", "showcase"], "does not understand the caption"),
     "resolution": (["train", "--preset", "tiny", "--sample.resolution", "72"], "multiple of 16"),
     "held-out metric": (["train", "--preset", "tiny", "--eval-metrics", "beauty"], "no scorer 'beauty'"),
@@ -67,7 +67,7 @@ WRONG = {
     "one held-out prompt": (["train", "--preset", "tiny", "--eval-prompts", "1"], "2 or more, or 0"),
     "all held out": (["train", "--preset", "tiny", "--eval-prompt-set", "None", "--eval-prompts", "5000"], "lower --eval-prompts"),
     "metric twice": (["train", "--preset", "tiny", "--eval-metrics", "scene", "scene"], "names a scorer twice"),
-    "guidance": (["train", "--preset", "tiny", "--sample.guidance-scale", "0.5"], "--sample.guidance-scale must be 1"),
+    "guidance": (["train", "--preset", "tiny", "--sample.guidance-scale", "0.5"], "--sample.guidance-scale is 0.5: it should be greater than or equal to 1"),
     "run name": (["train", "--preset", "tiny", "--run-name", "a/b"], "--run-name"),
     "out": (["generate", "--preset", "tiny", "--out", "x.gif"], ".jpg or .png"),
     "out folder": (["generate", "--preset", "tiny", "--out", "nowhere/x.jpg"], "There is no folder"),
@@ -97,7 +97,7 @@ def test_a_mistake_leaves_no_traceback_and_exit_code_2():
 
 
 def test_weights_and_biases_is_not_imported_unasked():
-    code = "import sys, train, fdfo.trainer, fdfo.evaluation; sys.exit('wandb' in sys.modules)"
+    code = "import sys, train, fdfo.method.trainer, fdfo.evaluation.image_sets; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100).returncode == 0
 
 
@@ -105,16 +105,16 @@ def test_generate_reads_the_run_and_flags_win(run_cli, run_folder: Path, tmp_pat
     out = tmp_path / "grid.png"
     code, text, _ = run_cli("generate", "--checkpoint", run_folder, "--out", out, "--prompts", "a red circle on a white background",
                             "a blue ring above a green cross on a black background", "--grid-rows", 2)  # fmt: skip
-    assert code == 0 and "guidance=2.0" in text and "steps=4" in text and "by tiny" in text
+    assert code == 0 and "4 steps, guidance 2.0" in text and "by tiny" in text
     assert Image.open(out).width > 2 * 3 * 64
     code, text, _ = run_cli(
         "generate", "--checkpoint", run_folder, "--out", out, "--guidance-scale", 1, "--num-inference-steps", 3
     )
-    assert code == 0 and "guidance=1" in text and "steps=3" in text and "45 pictures" in text
+    assert code == 0 and "3 steps, guidance 1.0" in text and "45 images" in text
 
 
 def test_generate_is_repeatable_and_seeds_run_over_the_prompts(run_cli, tmp_path: Path):
-    """The second prompt's first picture has seed 1 x 3: drawn alone with that seed it is the same."""
+    """The second prompt's first image has seed 1 x 3: drawn alone with that seed it is the same."""
     prompts = ["a red circle on a white background", "a blue ring on a green background"]
     both, alone = tmp_path / "both.png", tmp_path / "alone.png"
     assert run_cli("generate", "--preset", "tiny", "--out", both, "--prompts", *prompts, "--columns", 1)[0] == 0
@@ -150,13 +150,12 @@ def test_a_hub_folder_is_downloaded_alone_and_then_offline(run_folder: Path, tmp
 
 
 def test_captions_are_wrapped_and_long_words_cut():
-    from PIL import ImageFont
-
     font = ImageFont.load_default(13)
-    for text in ("one two three " * 20, "x" * 500, "", "short"):
-        lines = list(wrap(text, font, 100))
+    for text in ("one two three " * 8, "x" * 100, "", "short"):
+        lines = caption(text, font, 100)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
         assert all(font.getlength(line) <= 100 for line in lines)
+    assert len(caption("x" * 5000, font, 100)) == 12
 
 
 def test_user_errors_are_value_errors():

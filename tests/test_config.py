@@ -1,20 +1,17 @@
 """Command lines, presets, derived plans and config.json."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from fdfo.command_line import flag_value, parse_train_config
-from fdfo.config import (
-    PRESETS,
-    ChurnConfig,
-    SampleConfig,
-    TrainConfig,
-    UserError,
-)
-from fdfo.config_file import config_from_json, config_to_json
-from fdfo.plan import plan_batches, plan_churn
-from fdfo.prompts import epoch_prompts, load_prompts
+from fdfo.config.command_line import flag_value, parse_train_config
+from fdfo.config.errors import UserError
+from fdfo.config.options import check_options, deciding_settings, flat, from_json, to_json
+from fdfo.config.plan import plan_batches, plan_churn
+from fdfo.config.presets import PRESETS
+from fdfo.config.train_options import ChurnConfig, SampleConfig, TrainConfig
+from fdfo.storage.prompts import epoch_prompts, load_prompts
 from fdfo.tiny.scenes import is_held_out, parse_caption, tiny_prompt_sets
 
 
@@ -59,12 +56,33 @@ def test_batch_plan_of_the_published_layouts():
         (TrainConfig(total_pairs_per_epoch=2), 3, "start 2 or fewer"),
         (TrainConfig(total_pairs_per_epoch=1, gradient_steps_per_epoch=81), 1, "--gradient-steps-per-epoch"),
         (TrainConfig(sample=SampleConfig(batch_size=7)), 1, "--max-batch-size 6"),
-        (TrainConfig(max_batch_size=0), 1, "--max-batch-size is 0"),
     ],
 )
 def test_batch_sizes_that_cannot_be_met(config: TrainConfig, world: int, says: str):
     with pytest.raises(UserError, match=says):
         plan_batches(config, world)
+
+
+@pytest.mark.parametrize(
+    "config,says",
+    [
+        (TrainConfig(max_batch_size=0), "--max-batch-size is 0: it should be greater than or equal to 1"),
+        (TrainConfig(sample=SampleConfig(resolution=500)), "--sample.resolution is 500: it should be a multiple of 16"),
+        (TrainConfig(churn=ChurnConfig(weight=float("nan"))), "--churn.weight is nan: it should be a finite number"),
+        (TrainConfig(run_name="a/b"), "--run-name is 'a/b': it should match pattern"),
+        (TrainConfig(resume_from=""), "--resume-from is '': it should have at least 1 character"),
+    ],
+)
+def test_values_out_of_bounds_are_named(config: TrainConfig, says: str):
+    with pytest.raises(UserError, match=says.replace("(", "[(]")):
+        check_options(config)
+
+
+def test_settings_that_do_not_affect_results_may_change():
+    free = dict(num_epochs=7, keep_last=1, max_batch_size=2, runs_dir=Path("x"), offload_scorers=True, eval_every=3)
+    sample = dataclasses.replace(TrainConfig().sample, batch_size=3)
+    assert deciding_settings(TrainConfig(**free, sample=sample)) == deciding_settings(TrainConfig())
+    assert set(flat(deciding_settings(TrainConfig()))) >= {"seed", "train.learning_rate", "sample.guidance_scale", "eval_metrics"}
 
 
 def test_churn_numbers_default_by_schedule():
@@ -76,7 +94,7 @@ def test_churn_numbers_default_by_schedule():
 
 def test_config_json_reads_back():
     for config in (PRESETS["tiny"], TrainConfig(reward_specs=("pickscore=1.0",), run_name="x")):
-        assert config_from_json(config_to_json(config), "here") == config
+        assert from_json(TrainConfig, to_json(config), "here") == config
 
 
 @pytest.mark.parametrize(
@@ -95,7 +113,7 @@ def test_config_json_reads_back():
 )
 def test_a_foreign_config_json_is_refused(text: str):
     with pytest.raises(UserError, match="config.json"):
-        config_from_json(text, "config.json")
+        from_json(TrainConfig, text, "config.json")
 
 
 def test_prompts_are_walked_without_replacement_across_epochs():

@@ -1,4 +1,4 @@
-"""dreamsim_diversity: the package's own function, classes and preprocessing, on small random ViTs (METHOD.md 5)."""
+"""dreamsim_diversity: the package's own function, classes and preprocessing, on small random ViTs (docs/method.md 5)."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from PIL import Image
 from tiny_dreamsim import save_dreamsim, small_vit
 
 import rewards.dreamsim
-from fdfo.config import UserError
-from fdfo.distributed import Job
+from fdfo.config.errors import UserError
+from fdfo.distributed.job import Job
 from rewards.dreamsim import DreamSimDiversity, mean_pair_distances
 
 

@@ -1,8 +1,8 @@
-"""METHOD.md 3 and 4: finite differences and the surrogate loss."""
+"""docs/method.md 3 and 4: finite differences and the surrogate loss."""
 
 import torch
 
-from fdfo.estimator import pair_deviation, surrogate_loss
+from fdfo.method.estimator import pair_deviation, surrogate_loss
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:

@@ -15,14 +15,14 @@ from signal_inside import signal_inside
 from test_heldout import JOB, evaluated, of
 from test_training import comparable, log_of
 
-from fdfo.checkpoint import all_checkpoints, find_checkpoint
-from fdfo.config import UserError
-from fdfo.heldout import split_prompts
-from fdfo.model import FlowModel
-from fdfo.preemption import Stopped
-from fdfo.selection import best_epoch
-from fdfo.sheets import ShownPair, grid_sheet, pair_sheet, save_sheet
-from fdfo.trainer import train
+from fdfo.config.errors import UserError
+from fdfo.distributed.shutdown import Stopped
+from fdfo.evaluation.best_checkpoint import best_epoch
+from fdfo.evaluation.heldout import split_prompts
+from fdfo.method.trainer import train
+from fdfo.model.flow_model import FlowModel
+from fdfo.report.sheets import ShownPair, grid_sheet, pair_sheet, save_sheet
+from fdfo.run_folder.find_checkpoint import FRESH, Start, all_checkpoints, find_checkpoint, find_start
 
 PROMPTS = [f"a {colour} circle on a white background" for colour in ("red", "green", "blue")]
 
@@ -40,15 +40,15 @@ def test_a_picture_that_is_not_finite_has_no_score_and_is_told_of(tmp_path: Path
 
     def one_broken(model: FlowModel, latents: torch.Tensor) -> torch.Tensor:
         images = decode(model, latents)
-        if len(images) == 4:  # two held-out prompts with two pictures each; a training batch has more
+        if len(images) == 4:  # two held-out prompts with two images each; a training batch has more
             images[3] = math.nan
         return images
 
     monkeypatch.setattr(FlowModel, "decode", one_broken)
-    run = train(JOB, evaluated(tmp_path, num_epochs=1), None).folder
+    run = train(JOB, evaluated(tmp_path, num_epochs=1)).folder
     line = log_of(run, "eval")[0]
     assert all(len(values) == 2 and values[0] is not None and values[1] is None for values in line["scores"].values())
-    assert line["warnings"] == ["1 of 2 held-out prompts have no reward: a picture or a score is not finite"]
+    assert line["warnings"] == ["1 of 2 held-out prompts have no reward: an image or a score is not finite"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,10 +76,10 @@ def test_a_single_held_out_prompt_is_refused(tmp_path: Path):
 
 def test_other_held_out_prompts_are_refused_on_resume(tmp_path: Path):
     config = evaluated(tmp_path, eval_prompt_set=prompt_file(tmp_path / "set.txt", PROMPTS[:2]), num_epochs=1)
-    run = train(JOB, config, None).folder
+    run = train(JOB, config).folder
     prompt_file(tmp_path / "set.txt", PROMPTS[1:])
     with pytest.raises(UserError, match="are not those on which .* was evaluated after epoch 0: restore the prompt file"):
-        train(JOB, dataclasses.replace(config, num_epochs=2), find_checkpoint(str(run)))
+        train(JOB, dataclasses.replace(config, num_epochs=2), find_start(str(run)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,18 +88,18 @@ def test_other_held_out_prompts_are_refused_on_resume(tmp_path: Path):
 
 def test_best_is_a_checkpoint_that_is_there(tmp_path: Path):
     """The best checkpoint is gone, as --keep-last may have it where a run goes on from an earlier one or with other evaluations."""
-    run = train(JOB, evaluated(tmp_path, num_epochs=4), None).folder
+    run = train(JOB, evaluated(tmp_path, num_epochs=4)).folder
     link = run / "checkpoints" / "best"
     assert link.readlink() == Path("epoch-0000002")
     shutil.rmtree(link.resolve())
-    train(JOB, evaluated(tmp_path, num_epochs=5), find_checkpoint(str(run)))
+    train(JOB, evaluated(tmp_path, num_epochs=5), find_start(str(run)))
     assert link.resolve().is_dir() and link.readlink().name == f"epoch-000000{log_of(run, 'eval')[-1]['best']}"
 
 
 def test_resumed_from_best_nothing_later_is_left(tmp_path: Path):
     config = evaluated(tmp_path, num_epochs=4)
-    run = train(JOB, config, None).folder
-    best = find_checkpoint(str(run / "checkpoints" / "best"))
+    run = train(JOB, config).folder
+    best = find_start(str(run / "checkpoints" / "best"))
     with signal_inside("train_epoch", signal.SIGTERM), pytest.raises(Stopped):
         train(JOB, config, best)
     assert [line["epoch"] for line in log_of(run, "eval")] == [0, 2]
@@ -112,7 +112,7 @@ def test_resumed_from_best_nothing_later_is_left(tmp_path: Path):
 def test_the_command_to_go_on_names_metrics_of_ones_own(tmp_path: Path, capsys):
     config = evaluated(tmp_path, eval_metrics=("own_scorers:Brightness", "scene_clip"))
     with signal_inside("draw_held_out", signal.SIGTERM), pytest.raises(Stopped):
-        train(JOB, config, None)
+        train(JOB, config)
     run = tmp_path / "00000-scene-cfg_1p0"
     assert f"--resume-from {run} --eval-metrics own_scorers:Brightness scene_clip\n" in capsys.readouterr().out
 
@@ -122,7 +122,7 @@ def test_strict_stops_at_a_warning_of_an_evaluation_once(tmp_path: Path):
     run, stops = tmp_path / "00000-scene-cfg_1p0", []
     for _ in range(6):
         try:
-            train(JOB, config, find_checkpoint(str(run)) if stops else None)
+            train(JOB, config, find_start(str(run)) if stops else FRESH)
             break
         except UserError as error:
             stops.append(str(error))
@@ -141,18 +141,18 @@ def test_a_report_that_finds_the_disk_full_and_the_run_that_goes_on(tmp_path: Pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
     try:
         with pytest.raises(UserError, match="report.html cannot be written .*make room"):
-            train(JOB, config, None)
+            train(JOB, config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (run,) = (tmp_path / "parts").iterdir()
     assert not list(run.glob(".*.partial")) and len(log_of(run, "eval")) == 1
-    train(JOB, config, None, run)
-    straight = train(JOB, dataclasses.replace(config, runs_dir=tmp_path / "straight"), None).folder
+    train(JOB, config, Start(run=run))
+    straight = train(JOB, dataclasses.replace(config, runs_dir=tmp_path / "straight")).folder
     assert comparable(run) == comparable(straight)
 
 
 def test_a_sheet_that_cannot_be_written_is_told_by_all_ranks_alike(tmp_path: Path):
-    first = train(JOB, evaluated(tmp_path, num_epochs=1), None).folder
+    first = train(JOB, evaluated(tmp_path, num_epochs=1)).folder
     run = shutil.copytree(first, tmp_path / "copy", symlinks=True)  # since this process has claimed the first
     (run / "samples" / ".pairs-0000002.jpg.partial").mkdir()
     done = torchrun(2, ROOT / "train.py", "--resume-from", run, "--num-epochs", 2)

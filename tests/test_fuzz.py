@@ -9,15 +9,18 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fdfo.adapter import read_adapter_config
-from fdfo.checkpoint import find_checkpoint, read_config
-from fdfo.command_line import parse_train_config
-from fdfo.config import PRESETS, GenerateConfig, TrainConfig, UserError
-from fdfo.config_file import config_to_dict
-from fdfo.hub import ADAPTER, check_adapter_files, download_folder
-from fdfo.model_card import Origin, model_card
-from fdfo.plan import plan_batches, plan_pictures
-from fdfo.prompts import LONGEST_PROMPT, load_prompts
+from fdfo.config.command_line import parse_train_config
+from fdfo.config.errors import UserError
+from fdfo.config.options import to_dict
+from fdfo.config.plan import plan_batches, plan_images
+from fdfo.config.presets import PRESETS
+from fdfo.config.tool_options import GenerateConfig
+from fdfo.config.train_options import TrainConfig
+from fdfo.model.lora import read_adapter_config
+from fdfo.run_folder.find_checkpoint import find_checkpoint, read_config
+from fdfo.run_folder.model_card import Origin, model_card
+from fdfo.storage.hub import ADAPTER, check_adapter_files, download_folder
+from fdfo.storage.prompts import LONGEST_PROMPT, load_prompts
 
 fuzz = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -25,7 +28,7 @@ fuzz = settings(
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3))
 NAMES = st.text(alphabet="abz019._-/:%~ \\\0\n\u00e9\u202e", max_size=40)
-CONFIG = config_to_dict(PRESETS["tiny"])
+CONFIG = to_dict(PRESETS["tiny"])
 ADAPTER_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["attn.to_q"], "lora_dropout": 0.0}
 PEFT_KEYS = [
     "init_lora_weights",
@@ -110,7 +113,7 @@ def test_config_json(folder: Path, values: object):
     with contextlib.suppress(UserError):
         config = read_config(path)
         assert isinstance(config, TrainConfig)
-        plan_pictures(GenerateConfig(out=Path("x.png")), config, None)
+        plan_images(GenerateConfig(out=Path("x.png")), config, None)
         plan_batches(parse_train_config([], config), 1)
         model_card(Origin(config.pretrained_model, config, True, None, 1), merged=False)
 

@@ -14,17 +14,19 @@ import torch
 from conftest import ROOT
 from tiny_qwen import save_tiny_qwen
 
-from fdfo.acceleration import PinnedWeights
-from fdfo.config import PRESETS, SampleConfig, TrainConfig
-from fdfo.distributed import Job
-from fdfo.memory import expected_memory, fits, fitting_plan
-from fdfo.meters import StageClock
-from fdfo.model import FlowModel
-from fdfo.plan import plan_batches
-from fdfo.preparation import Run, prepare
-from fdfo.rollout import Rollout, encode_prompts, sample_share, score_share
-from fdfo.trainer import train
-from fdfo.update import EpochData, accumulate_gradient, step_samples
+from fdfo.config.plan import plan_batches
+from fdfo.config.presets import PRESETS
+from fdfo.config.train_options import SampleConfig, TrainConfig
+from fdfo.distributed.job import Job
+from fdfo.distributed.machine import StageClock
+from fdfo.method.prepare import Run, prepare
+from fdfo.method.rollout import PairShare, Rollout, sample_share, score_share
+from fdfo.method.trainer import train
+from fdfo.method.update import EpochData, accumulate_gradient, step_samples
+from fdfo.model.acceleration import PinnedWeights
+from fdfo.model.flow_model import FlowModel
+from fdfo.model.memory import expected_memory, fits, fitting_plan
+from fdfo.run_folder.find_checkpoint import FRESH
 from rewards.clip import ClipScorer
 from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 
@@ -41,16 +43,16 @@ def small(folder: Path, **changes) -> TrainConfig:
 
 
 def rollout_of(job: Job, config: TrainConfig) -> tuple[Run, Rollout]:
-    run = prepare(job, config, None)
+    run = prepare(job, config, FRESH)
     prompts = run.prompts[: config.total_pairs_per_epoch]
-    text, empty = encode_prompts(run.model, prompts, config)
-    return run, sample_share(run.model, config, run.plan, 0, range(len(prompts)), prompts, text, empty)
+    share = PairShare(0, range(len(prompts)), prompts, *run.model.encode_prompts(prompts, config.sample.guidance_scale))
+    return run, sample_share(run.model, config, run.plan, share)
 
 
 @pytest.mark.parametrize("precision,compile", [("fp16", True), ("fp16", False), ("bf16", True), ("fp32", False)])
 def test_every_precision_trains(tmp_path: Path, precision: str, compile: bool):
     """Compiled, the ratio at unchanged weights is 1 to the bit: sampling runs the training graph."""
-    run = train(Job(0, 1, GPU), small(tmp_path, precision=precision, compile=compile, memory_efficient=True), None)
+    run = train(Job(0, 1, GPU), small(tmp_path, precision=precision, compile=compile, memory_efficient=True))
     assert run.progress.epochs == 2 and all(p.isfinite().all() for p in run.model.trainable())
     assert (run.model.compiled_rows is not None) == compile
     steps = [json.loads(line) for line in run.log.path.read_text().splitlines() if '"step"' in line]
@@ -70,18 +72,18 @@ def test_float16_gradient_is_that_of_float32(tmp_path: Path):
     """One rollout, sampled in float16; its gradient in float16 with the loss scale, and in float32."""
     config = small(tmp_path, precision="fp16")
     run, rollout = rollout_of(Job(0, 1, GPU), config)
-    differences = score_share(rollout, run.model.decode(rollout.final), run.reward)
-    samples, total = step_samples(run.plan, config, 0, range(16))[0]
+    differences = score_share(rollout, run.model.decode(rollout.final), run.judges.reward)
+    samples = step_samples(run.plan, config, 0, range(16))[0]
 
     def gradient(model: FlowModel, scale: float) -> torch.Tensor:
-        accumulate_gradient(EpochData(model, config, run.plan, rollout, differences), samples, total, scale)
+        accumulate_gradient(EpochData(model, config, run.plan, rollout, differences), samples, scale, lambda done: False)
         return torch.cat([p.grad.flatten() for p in model.trainable()]) / scale
 
     half = gradient(run.model, 2.0**16)
     exact = FlowModel("tiny", "fp32", GPU)
     exact.add_lora(32, 64, config.seed)
     exact.to_device()
-    rollout.text = exact.encode(rollout.prompts)
+    rollout.share = dataclasses.replace(rollout.share, text=exact.encode(rollout.share.prompts))
     rollout.xs = rollout.xs.float()
     single = gradient(exact, 1.0)
     error = ((half - single).norm() / single.norm()).item()
@@ -92,7 +94,7 @@ def test_float16_gradient_is_that_of_float32(tmp_path: Path):
 def test_micro_batches_that_do_not_fit_are_made_smaller_and_the_numbers_stay(tmp_path: Path, capsys):
     """A limit on the memory of this process stands for a small GPU."""
     job, config = Job(0, 1, GPU), small(tmp_path, total_pairs_per_epoch=256, max_batch_size=4096)
-    run = prepare(job, config, None)
+    run = prepare(job, config, FRESH)
     used = torch.cuda.memory_reserved(GPU) + 2**29
     torch.cuda.set_per_process_memory_fraction(used / torch.cuda.get_device_properties(GPU).total_memory)
     try:
@@ -100,7 +102,7 @@ def test_micro_batches_that_do_not_fit_are_made_smaller_and_the_numbers_stay(tmp
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert plan.train_batch < run.plan.train_batch and (plan.samples, plan.pairs) == (run.plan.samples, run.plan.pairs)
-    assert "going on as with --max-batch-size" in capsys.readouterr().out
+    assert "continuing with --max-batch-size" in capsys.readouterr().out
     told = expected_memory(job, config, run.model, plan)
     assert re.match(r"memory: at most \d+\.\d of the GPU's \d+\.\d GiB so far", told), told
     assert all(parameter.grad is None for parameter in run.model.trainable())
@@ -127,7 +129,7 @@ def test_embeddings_do_not_depend_on_how_many_prompts_a_process_has():
 
 
 def test_the_judge_does_not_depend_on_how_many_pictures_a_process_has(tmp_path: Path):
-    """To the bit, though the pictures' neighbours have captions of other lengths."""
+    """To the bit, though the images' neighbours have captions of other lengths."""
     vlm = Vlm(str(save_tiny_qwen(tmp_path)), Job(0, 1, GPU))
     shapes = seen_shapes(vlm.model)
     captions = [f"caption {i} {'word ' * (i % 5)}" for i in range(37)]
@@ -167,7 +169,7 @@ def epochs_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes) -> tuple
         patch.setattr(StageClock, "stage", watched_stage)
         patch.setattr(ClipScorer, "score", watched_score)
         patch.setattr(ClipScorer, "__init__", watched_build)
-        run = train(Job(0, 1, GPU), small(folder, reward_specs=("scene=1.0", "scene_clip=0.5"), **changes), None)
+        run = train(Job(0, 1, GPU), small(folder, reward_specs=("scene=1.0", "scene_clip=0.5"), **changes))
     steps = [json.loads(line) for line in run.log.path.read_text().splitlines() if '"step"' in line]
     adapter = torch.cat([p.detach().flatten().cpu() for p in run.model.trainable()])
     return adapter, steps[0]["ratio_first"], between, inside
@@ -223,7 +225,7 @@ def test_a_checkpointed_graph_keeps_little_memory():
 def test_the_trial_leaves_trajectories_in_host_memory_out(tmp_path: Path):
     """Trajectories of 4 GiB, and a limit of 2 GiB on this process."""
     job, config = Job(0, 1, GPU), small(tmp_path, total_pairs_per_epoch=2048, max_batch_size=16, offload_trajectories=True)
-    run = prepare(job, config, None)
+    run = prepare(job, config, FRESH)
     shape = run.model.latent_shape(64)
     steps = 4 * 2**30 // (2 * 2 * 2048 * shape[0] * shape[1] * shape[2] * 4)
     config = dataclasses.replace(config, sample=SampleConfig(num_solver_steps=steps, resolution=64))
@@ -240,7 +242,7 @@ def test_the_trial_leaves_trajectories_in_host_memory_out(tmp_path: Path):
 
 COMPILED = """
 import sys, torch
-from fdfo.model import FlowModel
+from fdfo.model.flow_model import FlowModel
 device = torch.device("cuda", 0)
 model = FlowModel("tiny", "fp16", device)
 model.add_lora(32, 64, 0)
@@ -254,12 +256,12 @@ x = torch.randn(4, *model.latent_shape(64), generator=generator).to(device)
 v = model.velocity(x, x.new_full((4,), 0.5), model.encode(["a red ring on a blue background"] * 4), None, 1.0)
 v.float().square().sum().backward()
 gradient = torch.cat([parameter.grad.flatten() for parameter in model.trainable()])
-torch.save({"velocity": v.detach().cpu(), "picture": model.decode(x).cpu(), "gradient": gradient.cpu()}, sys.argv[1])
+torch.save({"velocity": v.detach().cpu(), "image": model.decode(x).cpu(), "gradient": gradient.cpu()}, sys.argv[1])
 """
 
 
 def test_the_clock_does_not_choose_how_compiled_blocks_round(tmp_path: Path):
-    """Two processes compile for themselves, one with the compiler's timings turned upside down: velocity and picture are equal to
+    """Two processes compile for themselves, one with the compiler's timings turned upside down: velocity and image are equal to
     the bit. The attention's backward may add in any order."""
     if "deterministic" not in torch._inductor.list_options():
         pytest.skip("PyTorch 2.9 has no deterministic mode of its compiler")
@@ -270,5 +272,5 @@ def test_the_clock_does_not_choose_how_compiled_blocks_round(tmp_path: Path):
         started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | own))
     assert [process.wait() for process in started] == [0, 0]
     plain, inverse = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("plain", "inverse"))
-    assert torch.equal(plain["velocity"], inverse["velocity"]) and torch.equal(plain["picture"], inverse["picture"])
+    assert torch.equal(plain["velocity"], inverse["velocity"]) and torch.equal(plain["image"], inverse["image"])
     assert (plain["gradient"] - inverse["gradient"]).norm() < 1e-3 * plain["gradient"].norm()

@@ -1,4 +1,4 @@
-"""Evaluation during training: held-out prompts, their pictures and scores, signs of hacking, the best checkpoint."""
+"""Evaluation during training: held-out prompts, their images and scores, signs of hacking, the best checkpoint."""
 
 import dataclasses
 import json
@@ -12,18 +12,22 @@ from conftest import ROOT, torchrun
 from signal_inside import signal_inside
 from test_training import comparable, log_of, small
 
-from fdfo.checkpoint import all_checkpoints, find_checkpoint
-from fdfo.config import OptimConfig, SampleConfig, UserError
-from fdfo.distributed import Job
-from fdfo.heldout import EVALUATION_SEED, draw_held_out, prepare_held_out, split_prompts
-from fdfo.model import FlowModel
-from fdfo.pictures import draw_pictures, encode_for_pictures
-from fdfo.plan import PictureSettings, plan_batches
-from fdfo.preemption import Stopped
-from fdfo.prompts import hold_out, load_prompts
-from fdfo.selection import Evaluation, best_epoch, change, hacking_signs
-from fdfo.trainer import train
-from rewards import build_scorers
+from fdfo.config.errors import UserError
+from fdfo.config.plan import ImageSettings, plan_batches
+from fdfo.config.train_options import OptimConfig, SampleConfig
+from fdfo.distributed.job import Job
+from fdfo.distributed.shutdown import Stopped
+from fdfo.evaluation.best_checkpoint import best_epoch, change, diversity_warnings, hacking_warnings
+from fdfo.evaluation.heldout import prepare_held_out, split_prompts
+from fdfo.evaluation.statistics import Evaluation
+from fdfo.method.draw import EVALUATION_SEED, draw_held_out
+from fdfo.method.trainer import train
+from fdfo.model.flow_model import FlowModel
+from fdfo.model.images import draw_images, encode_for_images
+from fdfo.run_folder.find_checkpoint import all_checkpoints, find_checkpoint, find_start
+from fdfo.storage.prompts import hold_out, load_prompts
+from rewards.registry import build_scorers
+from rewards.scorer import Judges, WeightedReward
 
 JOB = Job(0, 1, torch.device("cpu"))
 
@@ -35,7 +39,7 @@ def evaluated(folder: Path, **changes):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(JOB, evaluated(tmp_path_factory.mktemp("straight")), None).folder
+    return train(JOB, evaluated(tmp_path_factory.mktemp("straight"))).folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +52,7 @@ def test_held_out_prompts_are_never_trained_on(tmp_path: Path):
     assert len(set(held_out)) == 10 and not set(training) & set(held_out)
     assert training == [prompt for prompt in prompts if prompt not in held_out]
     assert hold_out(prompts[::-1], 10)[1] == held_out
-    with pytest.raises(UserError, match="50 different prompts, and 50 of them are to be held out: lower --eval-prompts"):
+    with pytest.raises(UserError, match="50 different prompts, too few to hold out 50: lower --eval-prompts"):
         hold_out(prompts, 50)
 
 
@@ -66,7 +70,7 @@ def test_how_many_prompts_are_held_out(tmp_path: Path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pictures
+# images
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -74,13 +78,14 @@ def test_pictures_are_those_of_the_stock_pipeline(tiny: FlowModel, tmp_path: Pat
     config = small(tmp_path, sample=SampleConfig(num_solver_steps=8, guidance_scale=guidance, resolution=64))
     prompts = load_prompts("tiny_heldout")[:5]
     scorers = build_scorers(["scene", "scene_clip", "pixel_diversity"], JOB)
-    held_out = prepare_held_out(JOB, config, tiny, prompts, {"scene": 1.0}, scorers)
+    judges = Judges(WeightedReward({"scene": 1.0}, {"scene": scorers.pop("scene")}), scorers)
+    held_out = prepare_held_out(JOB, config, tiny, prompts, judges)
     assert held_out.repeats == 2 and held_out.metrics == ("scene_clip", "pixel_diversity")
     done = []
     pictures, finite = draw_held_out(tiny, config, plan_batches(config, 1), held_out, done.append)
-    settings = PictureSettings(64, 64, 8, guidance, 5)
+    settings = ImageSettings(64, 64, 8, guidance, 5)
     stock = torch.cat(
-        list(draw_pictures(tiny, encode_for_pictures(tiny, prompts), range(5), [EVALUATION_SEED + i for i in range(5)], settings))
+        list(draw_images(tiny, encode_for_images(tiny, prompts), range(5), [EVALUATION_SEED + i for i in range(5)], settings))
     )
     assert pictures.shape == (10, 3, 64, 64) and done == [0] and finite.all()
     assert (pictures[::2].int() - stock.int()).abs().max() <= 1
@@ -125,13 +130,13 @@ def test_a_run_evaluates_when_it_is_due(straight: Path):
 
 
 def test_evaluating_leaves_the_training_as_it_is(straight: Path, tmp_path: Path):
-    plain = train(JOB, evaluated(tmp_path, eval_prompts=0), None).folder
+    plain = train(JOB, evaluated(tmp_path, eval_prompts=0)).folder
     assert [line for line in comparable(straight) if line["kind"] != "eval"] == comparable(plain)
     assert not (plain / "samples").exists() and not (plain / "checkpoints" / "best").exists()
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path):
-    run = train(JOB, evaluated(tmp_path, keep_last=1, num_epochs=4), None).folder
+    run = train(JOB, evaluated(tmp_path, keep_last=1, num_epochs=4)).folder
     assert [line["best"] for line in log_of(run, "eval")] == [None, 2, 2]
     assert [path.name for path in all_checkpoints(run)] == ["epoch-0000002", "epoch-0000004"]
 
@@ -141,9 +146,9 @@ def test_stopped_in_an_evaluation_and_resumed(straight: Path, tmp_path: Path, in
     config = evaluated(tmp_path)
     run = tmp_path / straight.name
     with signal_inside(inside, signal.SIGTERM, (run / "checkpoints" / "epoch-0000002").is_dir), pytest.raises(Stopped):
-        train(JOB, config, None)
+        train(JOB, config)
     assert find_checkpoint(str(run)).folder.name == f"epoch-{saved:07d}"
-    train(JOB, config, find_checkpoint(str(run)))
+    train(JOB, config, find_start(str(run)))
     assert comparable(run) == comparable(straight)
     assert (run / "checkpoints" / "best").readlink() == (straight / "checkpoints" / "best").readlink()
 
@@ -152,18 +157,18 @@ def test_a_last_evaluation_that_is_missing_is_made_up_for(straight: Path, tmp_pa
     config = evaluated(tmp_path)
     run = tmp_path / straight.name
     with signal_inside("draw_held_out", signal.SIGTERM, (run / "checkpoints" / "epoch-0000005").is_dir), pytest.raises(Stopped):
-        train(JOB, config, None)
+        train(JOB, config)
     assert len(log_of(run, "eval")) == 3
-    train(JOB, config, find_checkpoint(str(run)))
+    train(JOB, config, find_start(str(run)))
     assert comparable(run) == comparable(straight)
     with pytest.raises(UserError, match="has 5 epochs already"):
-        train(JOB, config, find_checkpoint(str(run)))
+        train(JOB, config, find_start(str(run)))
 
 
 def test_a_longer_run_has_no_trace_of_its_first_end(straight: Path, tmp_path: Path):
-    first = train(JOB, evaluated(tmp_path, num_epochs=3), None).folder
+    first = train(JOB, evaluated(tmp_path, num_epochs=3)).folder
     assert [line["epoch"] for line in log_of(first, "eval")] == [0, 2, 3]
-    train(JOB, evaluated(tmp_path), find_checkpoint(str(first)))
+    train(JOB, evaluated(tmp_path), find_start(str(first)))
     assert comparable(first) == comparable(straight)
 
 
@@ -179,7 +184,7 @@ def of(epoch: int, **means: float) -> Evaluation:
 
 
 def signs(*evaluations: Evaluation) -> list[str]:
-    return hacking_signs(evaluations, ["clip", "diversity"], ["diversity"], 0.7)
+    return hacking_warnings(evaluations, ["clip"]) + diversity_warnings(evaluations, ["diversity"], 0.7)
 
 
 def test_signs_of_hacking():

@@ -3,10 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from fdfo.config import PRESETS
-from fdfo.distributed import Job
-from fdfo.selection import change, evaluation_of
-from fdfo.trainer import train
+from fdfo.config.presets import PRESETS
+from fdfo.distributed.job import Job
+from fdfo.evaluation.best_checkpoint import change
+from fdfo.evaluation.statistics import evaluation_of
+from fdfo.method.trainer import train
 
 
 def test_a_few_epochs_raise_the_held_out_reward(job: Job, tmp_path: Path):
@@ -19,7 +20,7 @@ def test_a_few_epochs_raise_the_held_out_reward(job: Job, tmp_path: Path):
         eval_every=8,
         runs_dir=tmp_path,
     )
-    first, last = map(evaluation_of, train(job, config, None).log.evaluations)
+    first, last = map(evaluation_of, train(job, config).log.evaluations)
     scene, clip = change("scene", first, last), change("scene_clip", first, last)
     print(scene, clip, sep="\n")
     assert scene.count == 128

@@ -1,4 +1,4 @@
-"""metrics.py: numbers that do not depend on the number of processes, pictures on disk, several checkpoints, wrong input."""
+"""metrics.py: numbers that do not depend on the number of processes, images on disk, several checkpoints, wrong input."""
 
 import dataclasses
 import json
@@ -12,19 +12,19 @@ import torch
 from conftest import ROOT, TINY_RUN, torchrun
 from PIL import Image
 
-from fdfo.adapter import lora_targets
-from fdfo.checkpoint import find_checkpoint, trained_guidance
-from fdfo.config import PRESETS
-from fdfo.distributed import Job
-from fdfo.model import FlowModel
-from fdfo.picture_folder import find_pictures, read_pictures, save_picture
-from fdfo.pictures import draw_pictures, encode_for_pictures
-from fdfo.plan import PictureSettings
-from fdfo.prompts import choose_prompts, load_prompts
-from fdfo.results import summarise
-from fdfo.text import PICTURE_TEXT_LENGTH, text_length
-from fdfo.trainer import train
-from rewards import build_scorers
+from fdfo.config.plan import ImageSettings
+from fdfo.config.presets import PRESETS
+from fdfo.distributed.job import Job
+from fdfo.evaluation.image_folder import find_images, read_images, save_image
+from fdfo.evaluation.statistics import prompt_means, summarise
+from fdfo.method.trainer import train
+from fdfo.model.flow_model import FlowModel
+from fdfo.model.images import draw_images, encode_for_images
+from fdfo.model.lora import lora_targets
+from fdfo.model.text import IMAGE_TEXT_LENGTH, text_length
+from fdfo.run_folder.find_checkpoint import find_checkpoint, trained_guidance
+from fdfo.storage.prompts import choose_prompts, load_prompts
+from rewards.registry import build_scorers
 
 DRAW = ("--preset", "tiny", "--prompt-set", "tiny_heldout", "--num-inference-steps", 3)
 CAPTIONS = ["a red circle on a white background", "a blue ring above a green cross on a black background"]
@@ -37,7 +37,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         PRESETS["tiny"], sample=dataclasses.replace(PRESETS["tiny"].sample, num_solver_steps=3, guidance_scale=2.0),
         total_pairs_per_epoch=4, num_epochs=2, save_freq=1, eval_prompts=0, runs_dir=tmp_path_factory.mktemp("runs"),
     )  # fmt: skip
-    return train(Job(0, 1, torch.device("cpu")), config, None).folder
+    return train(Job(0, 1, torch.device("cpu")), config).folder
 
 
 def read(path: Path) -> dict:
@@ -49,7 +49,7 @@ def read(path: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """7 prompts, 2 pictures each, scored and saved by 1, 2 and 3 processes."""
+    """7 prompts, 2 images each, scored and saved by 1, 2 and 3 processes."""
     folder = tmp_path_factory.mktemp("processes")
     for count in (1, 2, 3):
         command = ["metrics.py", *DRAW, "--num-prompts", 7, "--num-repeats", 2, "--metrics", "scene", "scene_clip", "--per-prompt",
@@ -88,28 +88,28 @@ def test_prompts_are_the_first_of_the_shuffled_set():
     assert [prompts[c.number] for c in choose_prompts(prompts, 4, 5)] == [c.text for c in choose_prompts(prompts, 4, 5)]
 
 
-# -- the pictures are the stock pipeline's
+# -- the images are the stock pipeline's
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_pictures_are_those_of_the_stock_pipeline(tiny: FlowModel, guidance: float):
-    settings, seeds = PictureSettings(64, 64, 4, guidance, 2), [7, 8, 9]
+    settings, seeds = ImageSettings(64, 64, 4, guidance, 2), [7, 8, 9]
     stock = tiny.pipe(
         prompt=[CAPTIONS[0], CAPTIONS[0], CAPTIONS[1]], width=64, height=64, num_inference_steps=4, guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt",
-        max_sequence_length=text_length(tiny.pipe, PICTURE_TEXT_LENGTH),
+        max_sequence_length=text_length(tiny.pipe, IMAGE_TEXT_LENGTH),
     ).images  # fmt: skip
-    text = encode_for_pictures(tiny, CAPTIONS)
+    text = encode_for_images(tiny, CAPTIONS)
     tiny.drop_text_encoders()
-    drawn = torch.cat(list(draw_pictures(tiny, text, [0, 0, 1], seeds, settings)))
+    drawn = torch.cat(list(draw_images(tiny, text, [0, 0, 1], seeds, settings)))
     assert (drawn.int() - (255 * stock).round().int()).abs().max() <= 1
 
 
 def test_an_adapter_leaves_no_trace(tiny: FlowModel, run_folder: Path):
-    text, settings = encode_for_pictures(tiny, CAPTIONS[:1]), PictureSettings(64, 64, 2, 1.0, 1)
+    text, settings = encode_for_images(tiny, CAPTIONS[:1]), ImageSettings(64, 64, 2, 1.0, 1)
 
     def draw() -> torch.Tensor:
-        return torch.cat(list(draw_pictures(tiny, text, [0], [1], settings)))
+        return torch.cat(list(draw_images(tiny, text, [0], [1], settings)))
 
     base = draw()
     folders = [run_folder / "checkpoints" / f"epoch-000000{epoch}" for epoch in (1, 2)]
@@ -185,17 +185,17 @@ def test_a_published_adapter_is_drawn_with_its_guidance(run_cli, run_folder: Pat
     assert code == 0 and "warning" not in text, err
     assert [result["pictures"]["guidance"] for result in read(out)["results"]] == [4.5, 4.5]
     drawn = ("--preset", "tiny", "--prompts", CAPTIONS[0], "--grid-cols", 1, "--out", tmp_path / "x.png")
-    assert "guidance=4.5" in run_cli("generate", "--checkpoint", folder, *drawn)[1]
+    assert "guidance 4.5" in run_cli("generate", "--checkpoint", folder, *drawn)[1]
 
 
-# -- pictures on disk
+# -- images on disk
 
 
 def test_saved_pictures_score_again_alike(run_cli, processes: dict[int, Path], tmp_path: Path):
     out = tmp_path / "again.json"
     code, text, _ = run_cli("metrics", "--images", processes[1], "--prompt-set", "tiny_heldout", "--metrics", "scene", "scene_clip",
                             "--out", out, "--per-prompt")  # fmt: skip
-    assert code == 0 and "14 pictures of 7 prompts" in text
+    assert code == 0 and "14 images of 7 prompts" in text
     drawn, again = (read(path)["results"][0] for path in (processes[1].with_suffix(".json"), out))
     by_prompt = {row["prompt"]: row for row in again["per_prompt"]}
     for row in drawn["per_prompt"]:
@@ -213,8 +213,8 @@ def make_pictures(folder: Path, *names: str) -> Path:
 
 def test_names_may_be_the_prompts(run_cli, tmp_path: Path):
     folder = make_pictures(tmp_path / "p", f"{CAPTIONS[0]}.png", f"{CAPTIONS[1]}/b.jpg", f"{CAPTIONS[1]}/a.png", "notes/none.gif")
-    (folder / "read me.txt").write_text("not a picture")
-    entries = find_pictures(folder, "tiny_heldout")
+    (folder / "read me.txt").write_text("not an image")
+    entries = find_images(folder, "tiny_heldout")
     assert {entry.text: [p.name for p in entry.files] for entry in entries} == {
         CAPTIONS[0]: [f"{CAPTIONS[0]}.png"], CAPTIONS[1]: ["a.png", "b.jpg"],
     }  # fmt: skip
@@ -224,7 +224,7 @@ def test_names_may_be_the_prompts(run_cli, tmp_path: Path):
 def test_numbers_are_the_sets(tmp_path: Path):
     folder = make_pictures(tmp_path / "p", "7.png", "000003/0.png", "000003/1.png")
     prompts = load_prompts("tiny_heldout")
-    assert [(e.text, len(e.files)) for e in find_pictures(folder, "tiny_heldout")] == [(prompts[3], 2), (prompts[7], 1)]
+    assert [(e.text, len(e.files)) for e in find_images(folder, "tiny_heldout")] == [(prompts[3], 2), (prompts[7], 1)]
 
 
 def test_a_broken_picture_is_named_counted_and_left_out(run_cli, tmp_path: Path):
@@ -234,23 +234,23 @@ def test_a_broken_picture_is_named_counted_and_left_out(run_cli, tmp_path: Path)
     (folder / "2" / "0.png").write_bytes(b"")
     code, text, _ = run_cli("metrics", "--images", folder, "--prompt-set", "tiny_heldout", "--metrics", "scene", "--out", out)
     result = read(out)
-    assert code == 0 and "0/1.png is broken" in text and "2 broken pictures in all" in text
+    assert code == 0 and "0/1.png is broken" in text and "2 broken images in all" in text
     assert [Path(name).parent.name for name in result["broken_pictures"]] == ["0", "2"]
     assert result["results"][0]["metrics"]["scene"]["prompts"] == 2 and result["results"][0]["metrics"]["scene"]["left_out"] == 1
 
 
 def test_pictures_come_back_as_they_were_saved(tmp_path: Path):
     picture = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
-    save_picture(tmp_path / "p", 4, 1, picture)
-    images, counts, broken = read_pictures(find_pictures(tmp_path / "p", "tiny_heldout"))
+    save_image(tmp_path / "p", 4, 1, picture)
+    images, counts, broken = read_images(find_images(tmp_path / "p", "tiny_heldout"))
     assert torch.equal(images[0], picture) and counts == [1] and not broken
 
 
 def test_mean_is_over_prompts_and_error_over_their_means():
-    summary = summarise([[1.0, 3.0], [5.0], [], [math.nan, 1.0]])
+    summary = summarise(prompt_means([[1.0, 3.0], [5.0], [], [math.nan, 1.0]]))
     assert (summary.mean, summary.prompts, summary.left_out) == (3.5, 2, 2)
     assert math.isclose(summary.standard_error, 1.5)
-    assert math.isnan(summarise([[1.0]]).standard_error)
+    assert math.isnan(summarise([1.0]).standard_error)
 
 
 # -- wrong input
@@ -265,21 +265,21 @@ WRONG = {
     "no such checkpoint": ([*DRAW, *METRICS, "--checkpoint", "base", "nowhere"], "holds no adapter"),
     "per prompt": ([*DRAW, *METRICS, "--per-prompt"], "add --out"),
     "out": ([*DRAW, *METRICS, "--out", "nowhere/m.json"], "cannot be written"),
-    "out is a picture": ([*DRAW, *METRICS, "--out", "m.png"], "end it with .json"),
-    "empty checkpoint": ([*DRAW, *METRICS, "--checkpoint", ""], "--checkpoint is empty"),
-    "no width": ([*DRAW, *METRICS, "--width", 0], "give a multiple of 16 up to 128"),
+    "out is an image": ([*DRAW, *METRICS, "--out", "m.png"], "end it with .json"),
+    "empty checkpoint": ([*DRAW, *METRICS, "--checkpoint", ""], "it should have at least 1 character"),
+    "no width": ([*DRAW, *METRICS, "--width", 0], "--width is 0: it should be greater than or equal to 1"),
     "scorer that ends the process": ([*DRAW, "--metrics", "broken_scorers:Scorer"], "cannot be imported (SystemExit: 0"),
     "scorer that cannot be made": ([*DRAW, "--metrics", "own_scorers:NoConstructor"], "cannot be made (TypeError"),
     "scorer that cannot score": ([*DRAW, "--metrics", "own_scorers:NoScore"], "has no method score"),
-    "scorer that paints": ([*DRAW, "--metrics", "own_scorers:Paints"], "writes into its pictures"),
-    "picture folder in use": ([*DRAW, "--num-prompts", 1, *METRICS, "--save-images", "tests"], "is not empty"),
-    "no picture folder": (["--images", "nowhere", *METRICS], "There is no folder"),
-    "no pictures": (["--images", "prompt_sets", *METRICS], "holds no pictures"),
+    "scorer that paints": ([*DRAW, "--metrics", "own_scorers:Paints"], "writes into its images"),
+    "image folder in use": ([*DRAW, "--num-prompts", 1, *METRICS, "--save-images", "tests"], "is not empty"),
+    "no image folder": (["--images", "nowhere", *METRICS], "There is no folder"),
+    "no images": (["--images", "prompt_sets", *METRICS], "holds no images"),
     "mixed names": (["--images", "MIXED", *METRICS], "mixes numbers"),
     "number too large": (["--images", "FAR", "--prompt-set", "tiny_heldout", *METRICS], "ends at 511"),
     "two sizes": (["--images", "SIZES", *METRICS], "differ in size"),
     "drawing flag": (["--images", "FAR", *METRICS, "--guidance-scale", 2.0], "--guidance-scale has no effect with --images"),
-    "no prompts": ([*DRAW, *METRICS, "--num-prompts", 0], "must be 1 or more"),
+    "no prompts": ([*DRAW, *METRICS, "--num-prompts", 0], "it should be greater than or equal to 1"),
 }  # fmt: skip
 
 
@@ -299,14 +299,14 @@ def test_mistakes_come_before_any_model_is_loaded(run_cli, monkeypatch: pytest.M
     def fail(*arguments: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("fdfo.pictures.FlowModel", fail)
+    monkeypatch.setattr("fdfo.model.images.FlowModel", fail)
     monkeypatch.setattr("rewards.clip.CLIPModel.from_pretrained", fail)
     for flags in (["--num-prompts", 513], ["--checkpoint", "nowhere"], ["--metrics", "scene_clip", "beauty"]):
         assert run_cli("metrics", *DRAW, "--metrics", "scene_clip", *flags)[0] == 2
 
 
 def test_scorers_keep_to_bounded_batches(job: Job, monkeypatch: pytest.MonkeyPatch):
-    """No forward sees more pictures than a scorer's own bound, however many are handed over."""
+    """No forward sees more images than a scorer's own bound, however many are handed over."""
     scorer = build_scorers(["scene_clip"], job)["scene_clip"]
     seen, whole = [], scorer.model.get_image_features
     monkeypatch.setattr(scorer.model, "get_image_features", lambda pixels: seen.append(len(pixels)) or whole(pixels))

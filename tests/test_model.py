@@ -12,14 +12,15 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from fdfo.adapter import LORA_TARGETS, lora_targets
-from fdfo.config import TrainConfig, UserError
-from fdfo.model import FlowModel
-from fdfo.pictures import draw_pictures, encode_for_pictures
-from fdfo.plan import PictureSettings
-from fdfo.text import text_length
-from fdfo.training_state import Progress, save_checkpoint
-from fdfo.update import LossScale, make_optimizer
+from fdfo.config.errors import UserError
+from fdfo.config.plan import ImageSettings
+from fdfo.config.train_options import TrainConfig
+from fdfo.method.learner import Learner
+from fdfo.model.flow_model import FlowModel
+from fdfo.model.images import draw_images, encode_for_images
+from fdfo.model.lora import LORA_TARGETS, lora_targets
+from fdfo.model.text import text_length
+from fdfo.run_folder.save_checkpoint import save_checkpoint
 
 CPU = torch.device("cpu")
 SD35_MEDIUM_TRANSFORMER = dict(  # the published config.json of the transformer
@@ -86,9 +87,10 @@ def test_text_is_padded_to_the_trained_length(tiny):
 
 
 def save(model: FlowModel, folder: Path) -> Path:
-    return save_checkpoint(
-        folder, TrainConfig(), [], Progress(1), model, make_optimizer(model, TrainConfig()), LossScale.start("fp32")
-    )
+    learner = Learner.start(model, TrainConfig(precision="fp32"))
+    learner.progress.epochs = 1
+    save_checkpoint(folder, TrainConfig(), [], model, learner.state())
+    return folder / "checkpoints" / "epoch-0000001"
 
 
 def test_adapter_file_loads_by_plain_peft_and_back(tiny, tmp_path: Path):
@@ -120,8 +122,8 @@ def saved_by_peft(folder: Path, **changes) -> FlowModel:
 
 
 def draw_one(model: FlowModel) -> torch.Tensor:
-    text = encode_for_pictures(model, ["a red ring on a blue background"])
-    return next(draw_pictures(model, text, [0], [0], PictureSettings(width=64, height=64, steps=2, guidance=1.0, batch_size=1)))
+    text = encode_for_images(model, ["a red ring on a blue background"])
+    return next(draw_images(model, text, [0], [0], ImageSettings(width=64, height=64, steps=2, guidance=1.0, batch_size=1)))
 
 
 def test_adapter_saved_by_plain_peft_loads(tiny, tmp_path: Path):
@@ -182,7 +184,7 @@ def test_pictures_that_are_not_finite_are_not_drawn_black(tiny):
     tiny.add_lora(4, 8, seed=0)
     with torch.no_grad():
         tiny.trainable()[1].fill_(math.nan)
-    with pytest.raises(UserError, match="1 of 1 pictures are not finite: the adapter is damaged"):
+    with pytest.raises(UserError, match="1 of 1 images are not finite: the adapter is damaged"):
         draw_one(tiny)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from fdfo.model import FlowModel
+from fdfo.model.flow_model import FlowModel
 from fdfo.tiny import SCENE_CLIP, TINY_MODEL
 from fdfo.tiny.pretrain import PretrainConfig, corrupt, main, sample_scenes
 from fdfo.tiny.scenes import is_held_out
@@ -40,7 +40,6 @@ def test_the_script_makes_a_folder_that_loads(tmp_path: Path):
         vae_steps=1,
         flow_steps=1,
         flow_batch=8,
-        report_captions=2,
     )
     main(config)
     model = FlowModel(str(config.out), "fp32", torch.device("cpu"))

@@ -12,20 +12,20 @@ import pytest
 from conftest import ROOT
 from hub_server import HubServer
 
-import fdfo.prompts
-from fdfo.config import UserError
-from fdfo.hub import HPDV2, HPDV2_STYLES
-from fdfo.prompts import PICKSCORE_COMMAND, PROMPT_SETS, PUBLISHED_SHA256, load_prompts
+import fdfo.storage.prompts
+from fdfo.config.errors import UserError
+from fdfo.storage.hub import HPDV2, HPDV2_STYLES
+from fdfo.storage.prompts import PICKSCORE_COMMAND, PROMPT_SETS, PUBLISHED_SHA256, load_prompts
 
 PAGE = (PROMPT_SETS / "README.md").read_text()
 FETCH = """
 import sys
 from pathlib import Path
-import fdfo.hub
-fdfo.hub.PROMPT_SETS = Path(sys.argv[1])
+import fdfo.storage.hub
+fdfo.storage.hub.PROMPT_SETS = Path(sys.argv[1])
 try:
-    fdfo.hub.fetch_prompt_set("hpdv2")
-except fdfo.hub.UserError as error:
+    fdfo.storage.hub.fetch_prompt_set("hpdv2")
+except fdfo.storage.hub.UserError as error:
     sys.exit(str(error))
 """
 
@@ -50,7 +50,7 @@ def test_the_page_names_every_set_and_tells_the_truth():
 
 
 def test_a_download_that_broke_off_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fdfo.prompts, "PROMPT_SETS", tmp_path)
+    monkeypatch.setattr(fdfo.storage.prompts, "PROMPT_SETS", tmp_path)
     (tmp_path / "pickscore_train.txt").write_text("404: Not Found")
     with pytest.raises(UserError, match=r"(?s)is not the published file.*curl"):
         load_prompts("pickscore_train")

@@ -1,4 +1,4 @@
-"""Scorers against their definitions (METHOD.md 5), the weighted sum, and rewards that do not work."""
+"""Scorers against their definitions (docs/method.md 5), the weighted sum, and rewards that do not work."""
 
 import random
 from pathlib import Path
@@ -7,14 +7,15 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from fdfo.config import UserError
-from fdfo.rollout import check_first_scores
+from fdfo.config.errors import UserError
+from fdfo.evaluation.health import check_first_scores
 from fdfo.tiny import SCENE_CLIP
 from fdfo.tiny.architecture import build_clip_tokenizer
 from fdfo.tiny.scenes import COLOURS, RELATIONS, SHAPES, Scene, all_scenes, render
-from rewards import WeightedReward, build_scorers, reward_weights
 from rewards.clip import CLIP_MODELS, ClipScorer
+from rewards.registry import build_scorers, reward_weights
 from rewards.scene import SceneScorer
+from rewards.scorer import WeightedReward
 
 
 def scenes(n: int) -> list[Scene]:
@@ -86,7 +87,7 @@ ODD_CAPTIONS = ["", "a cat 🐈", " ".join(["word"] * 300), 'braces {0} {{x}} "q
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 def test_any_clip_model_scores_any_caption(tmp_path: Path, kind: torch.dtype):
-    """A random CLIPModel with a CLIP tokenizer and image size of its own, long and odd captions, pictures that are not square."""
+    """A random CLIPModel with a CLIP tokenizer and image size of its own, long and odd captions, images that are not square."""
     tokenizer = build_clip_tokenizer()
     tokenizer.model_max_length = 24
     torch.manual_seed(1)
@@ -133,7 +134,7 @@ def test_weighted_sum(job):
 
 
 class Broken:
-    """A scorer that breaks the contract: one number for all pictures."""
+    """A scorer that breaks the contract: one number for all images."""
 
     def __init__(self, device: torch.device):
         pass
@@ -150,7 +151,7 @@ def test_a_scorer_that_breaks_the_contract_is_named():
 
 def test_first_scores_must_be_finite_and_differ():
     check_first_scores({"scene": [1.0, 2.0]})
-    with pytest.raises(UserError, match="flat gave all 3 pictures the same score"):
+    with pytest.raises(UserError, match="flat gave all 3 images the same score"):
         check_first_scores({"scene": [1.0, 2.0], "flat": [5.0] * 3})
-    with pytest.raises(UserError, match="holes gave 1 of 2 pictures a score that is not finite"):
+    with pytest.raises(UserError, match="holes gave 1 of 2 images a score that is not finite"):
         check_first_scores({"holes": [1.0, float("nan")]})

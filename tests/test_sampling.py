@@ -1,13 +1,13 @@
-"""METHOD.md 1 and 2: the churned step, the schedules, and paired sampling against diffusers' own pipeline."""
+"""docs/method.md 1 and 2: the churned step, the schedules, and paired sampling against diffusers' own pipeline."""
 
 import math
 
 import pytest
 import torch
 
-from fdfo.rollout import standard_normal
-from fdfo.sampling import churn_step, interval_gammas, prior_gammas, raw_gammas, sample_pairs
-from fdfo.text import text_length
+from fdfo.method.rollout import standard_normal
+from fdfo.method.sampling import churn_step, interval_gammas, prior_gammas, raw_gammas, sample_pairs
+from fdfo.model.text import text_length
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.1, 0.0])
 

@@ -11,18 +11,21 @@ from conftest import CPU
 from test_training import comparable, small
 from tiny_qwen import save_tiny_qwen
 
-import fdfo.acceleration
-from fdfo.checkpoint import find_checkpoint, find_own_run
-from fdfo.command_line import parse_train_config
-from fdfo.config import PRESETS, SampleConfig, TrainConfig, UserError
-from fdfo.distributed import Job
-from fdfo.memory import expected_memory, fits, trajectory_bytes
-from fdfo.model import FlowModel
-from fdfo.plan import plan_batches
-from fdfo.rollout import encode_prompts, sample_share, trajectory_storage
-from fdfo.trainer import train
-from rewards import build_scorer
-from rewards.offload import Offload
+import fdfo.model.acceleration
+import fdfo.model.flow_model
+from fdfo.config.command_line import parse_train_config
+from fdfo.config.errors import UserError
+from fdfo.config.plan import plan_batches
+from fdfo.config.presets import PRESETS
+from fdfo.config.train_options import SampleConfig, TrainConfig
+from fdfo.distributed.job import Job
+from fdfo.method.rollout import PairShare, sample_share
+from fdfo.method.trainer import train
+from fdfo.model.flow_model import FlowModel
+from fdfo.model.memory import expected_memory, fits, trajectory_bytes, trajectory_storage
+from fdfo.run_folder.find_checkpoint import find_auto_start, find_checkpoint
+from rewards.registry import build_scorer
+from rewards.scorer import Offload
 from rewards.vlm import Vlm, VlmScorer
 
 FLAGS = dict(gradient_checkpointing=True, offload_scorers=True, offload_trajectories=True)
@@ -84,7 +87,7 @@ def test_blocks_are_computed_again_as_they_were_computed(monkeypatch: pytest.Mon
         yield
         inside[0] = before
 
-    for module in (fdfo.acceleration, fdfo.model):
+    for module in (fdfo.model.acceleration, fdfo.model.flow_model):
         monkeypatch.setattr(module, "fast_attention", fast_attention)
     model = displaced("bf16")
     model.checkpoint_gradients()
@@ -107,8 +110,8 @@ def test_blocks_are_computed_again_as_they_were_computed(monkeypatch: pytest.Mon
     ids=["plain", "guidance and KL"],
 )
 def test_epochs_with_all_flags_are_the_same_to_the_bit(job: Job, tmp_path: Path, changes: dict):
-    plain = train(job, small(tmp_path / "plain", num_epochs=2, **changes), None)
-    little = train(job, small(tmp_path / "little", num_epochs=2, **changes, **FLAGS), None)
+    plain = train(job, small(tmp_path / "plain", num_epochs=2, **changes))
+    little = train(job, small(tmp_path / "little", num_epochs=2, **changes, **FLAGS))
     assert comparable(little.folder) == comparable(plain.folder)
     for one, two in zip(plain.model.trainable(), little.model.trainable(), strict=True):
         assert torch.equal(one, two)
@@ -118,12 +121,12 @@ def test_epochs_with_all_flags_are_the_same_to_the_bit(job: Job, tmp_path: Path,
 
 def test_a_run_goes_on_with_other_flags(job: Job, tmp_path: Path):
     config = small(tmp_path / "straight", num_epochs=2, save_freq=1)
-    straight = train(job, config, None)
+    straight = train(job, config)
     parts = dataclasses.replace(config, runs_dir=tmp_path / "parts")
-    first = train(job, dataclasses.replace(parts, num_epochs=1), None).folder
-    checkpoint, _ = find_own_run(dataclasses.replace(parts, **FLAGS))
-    assert checkpoint == find_checkpoint(str(first))
-    resumed = train(job, dataclasses.replace(parts, **FLAGS), checkpoint)
+    first = train(job, dataclasses.replace(parts, num_epochs=1)).folder
+    start = find_auto_start(dataclasses.replace(parts, **FLAGS))
+    assert start.checkpoint == find_checkpoint(str(first))
+    resumed = train(job, dataclasses.replace(parts, **FLAGS), start)
     assert comparable(resumed.folder) == comparable(straight.folder)
 
 
@@ -174,7 +177,7 @@ def test_the_preset_learns_as_the_default_does():
     }
     assert different == {*FLAGS, "preset", "max_batch_size", "vlm_model_name", "vlm_use_fsdp"}
     plan = plan_batches(config, 1)
-    assert plan.samples == 34560 and plan.gradient_steps == 4 and "432 pairs an epoch" in plan.describe()
+    assert plan.samples == 34560 and plan.gradient_steps == 4 and "432 pairs per epoch" in plan.describe()
     assert plan.sample_batch == plan.train_batch == 4
 
 
@@ -186,8 +189,9 @@ def test_the_preset_says_that_it_needs_a_gpu(run_cli):
 def test_the_summary_tells_what_the_trajectories_take(job: Job, tmp_path: Path, tiny: FlowModel):
     config = small(tmp_path)
     plan, prompts = plan_batches(config, 1), ["a red ring on a blue background"] * 6
-    rollout = sample_share(tiny, config, plan, 0, range(6), prompts, *encode_prompts(tiny, prompts, config))
+    share = PairShare(0, range(6), prompts, *tiny.encode_prompts(prompts, config.sample.guidance_scale))
+    rollout = sample_share(tiny, config, plan, share)
     held = rollout.xs.nbytes + rollout.velocities.nbytes
     assert trajectory_bytes(config, tiny, plan) == held
     text = expected_memory(job, config, tiny, plan)
-    assert text == f"memory: {held / 2**20:.1f} MiB a process for an epoch's trajectories, beside the models"
+    assert text == f"memory: {held / 2**20:.1f} MiB per process for an epoch's trajectories, beside the models"

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from signal_inside import signal_inside
 from test_training import comparable, small
 
-from fdfo.checkpoint import all_checkpoints, find_checkpoint
-from fdfo.config import TrainConfig
-from fdfo.distributed import Job
-from fdfo.model import FlowModel
-from fdfo.preemption import Stopped, guarded
-from fdfo.preparation import prepare
-from fdfo.trainer import train
+from fdfo.config.train_options import TrainConfig
+from fdfo.distributed.job import Job
+from fdfo.distributed.shutdown import Stopped, guarded
+from fdfo.method.prepare import prepare
+from fdfo.method.trainer import train
+from fdfo.model.flow_model import FlowModel
+from fdfo.run_folder.find_checkpoint import all_checkpoints, find_checkpoint, find_start
 
 STATE_FILES = ("adapter_model.safetensors", "training_state.safetensors")
 
@@ -37,7 +37,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three epochs that nothing stops."""
     config = small(tmp_path_factory.mktemp("straight"), num_epochs=3, save_freq=1)
-    return train(Job(0, 1, torch.device("cpu")), config, None).folder
+    return train(Job(0, 1, torch.device("cpu")), config).folder
 
 
 def stopped(job: Job, config: TrainConfig, inside: str, number: signal.Signals, steps: int = 0) -> Path:
@@ -50,7 +50,7 @@ def stopped(job: Job, config: TrainConfig, inside: str, number: signal.Signals, 
         return f'"epoch": 2, "step": {steps},' in (run / "training_log.jsonl").read_text()
 
     with signal_inside(inside, number, armed), pytest.raises(Stopped, match=number.name):
-        train(job, config, None)
+        train(job, config)
     return run
 
 
@@ -74,7 +74,7 @@ def test_a_signal_in_any_stage_stops_with_a_checkpoint(
     assert signal.getsignal(number) == handlers
     assert f"--resume-from {run}" in capsys.readouterr().out
     assert find_checkpoint(str(run)).folder.name == saved
-    assert train(job, config, find_checkpoint(str(run))).folder.resolve() == run.resolve()
+    assert train(job, config, find_start(str(run))).folder.resolve() == run.resolve()
     assert same(final_state(run, 3), final_state(straight, 3)) and comparable(run) == comparable(straight)
 
 
@@ -82,14 +82,14 @@ def test_each_step_of_an_epoch_can_be_the_last(job: Job, tmp_path: Path, straigh
     """Stopped again and again within one epoch, which is sampled again each time by the adapter of its start."""
     config = small(tmp_path, num_epochs=3, save_freq=1)
     run = stopped(job, config, "reduce_gradient", signal.SIGTERM)
-    again = prepare(job, config, find_checkpoint(str(run)))
+    again = prepare(job, config, find_start(str(run)))
     assert again.progress.epochs == 1 and again.first_epoch == 2  # the first one whose ratio at unchanged weights it can check
     again.log.close()
     for step in (2, 3):
         with signal_inside("reduce_gradient", signal.SIGTERM), pytest.raises(Stopped):
-            train(job, config, find_checkpoint(str(run)))
+            train(job, config, find_start(str(run)))
         assert find_checkpoint(str(run)).folder.name == f"epoch-0000001-step-000000{step}"
-    train(job, config, find_checkpoint(str(run)))
+    train(job, config, find_start(str(run)))
     assert same(final_state(run, 3), final_state(straight, 3)) and comparable(run) == comparable(straight)
     assert [folder.name for folder in all_checkpoints(run)] == [f"epoch-000000{epoch}" for epoch in (1, 2, 3)]
 
@@ -108,7 +108,7 @@ def test_two_processes_go_on_as_one_and_then_as_three(tmp_path: Path, run_cli, m
     done = torchrun(2, "train.py", *flags, tmp_path, *own)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "00000-custom-cfg_1p0"
-    assert f"go on with\n  torchrun --nproc_per_node=2 train.py --resume-from {run} {' '.join(own)}" in done.stdout
+    assert f"resume with\n  torchrun --nproc_per_node=2 train.py --resume-from {run} {' '.join(own)}" in done.stdout
     assert [folder.name for folder in all_checkpoints(run)] == ["epoch-0000001"]
     monkeypatch.delenv("STOP_RANK")
     code, _, err = run_cli("train", "--resume-from", run)

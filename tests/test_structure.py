@@ -1,31 +1,46 @@
-"""The order of modules that the README states: a module imports only modules before it."""
+"""A folder imports only folders below it, and no folder is crowded."""
 
 import ast
-import re
 
 from conftest import ROOT
 
+from fdfo import FOLDERS
+
+
+def place(path) -> str:
+    """The folder that a file belongs to."""
+    parts = path.relative_to(ROOT).parts
+    return parts[1] if parts[0] == "fdfo" else "rewards" if parts[0] == "rewards" else "scripts"
+
 
 def imported(path) -> set[str]:
-    """Names of fdfo's modules, and `rewards`, that a file imports, at its top or inside functions."""
-    names = set()
+    """The folders that a file imports, at its top or inside functions."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             parts = node.module.split(".")
-            if parts[0] == "fdfo" and len(parts) > 1:
-                names.add(parts[1])
-            elif parts[0] == "rewards":
-                names.add("rewards")
-    return names - {"tiny"}
+            found |= {parts[1]} if parts[0] == "fdfo" and len(parts) > 1 else {"rewards"} & {parts[0]}
+    return found
 
 
-def test_modules_import_only_modules_before_them():
-    block = re.search(r"modules before it in this order:\n\n```\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    order = [name for line in block.splitlines() for name in re.split(r" {2,}", line, maxsplit=1)[1].split(", ")]
-    files = {path.stem: [path] for path in (ROOT / "fdfo").glob("*.py") if path.stem != "__init__"}
-    files["rewards"] = list((ROOT / "rewards").glob("*.py"))
-    assert set(order) == set(files)
-    for name, paths in files.items():
-        for path in paths:
-            after = imported(path) - set(order[: order.index(name)]) - {name}
-            assert not after, f"{path.name} imports {after}, which stand after it"
+def test_folders_import_only_folders_below_them():
+    floor = {name: i for i, names in enumerate(FOLDERS) for name in names}
+    files = [*ROOT.glob("*.py"), *ROOT.glob("fdfo/*/*.py"), *ROOT.glob("rewards/*.py"), *ROOT.glob("benchmarks/*.py")]
+    for path in files:
+        own = place(path)
+        wrong = {name for name in imported(path) - {own} if floor[name] <= floor[own]}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which do not stand below {own}"
+
+
+def test_no_folder_is_crowded():
+    for folder in [*(ROOT / "fdfo").iterdir(), ROOT / "rewards"]:
+        files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= (9 if folder.name == "rewards" else 8), f"{folder.name} has {len(files)} files: {files}"
+
+
+def test_the_math_files_import_torch_alone():
+    for name in ("sampling", "estimator"):
+        tree = ast.parse((ROOT / "fdfo" / "method" / f"{name}.py").read_text())
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert modules <= {"torch", "math", "collections.abc", "dataclasses"}, modules

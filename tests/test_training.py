@@ -10,16 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fdfo.checkpoint import find_checkpoint, find_run_checkpoint
-from fdfo.config import PRESETS, ChurnConfig, OptimConfig, SampleConfig, TrainConfig, UserError
-from fdfo.config_file import config_from_json
-from fdfo.distributed import Job
-from fdfo.logger import RunLog
-from fdfo.preparation import Run, prepare
-from fdfo.prompts import load_prompts
-from fdfo.rollout import encode_prompts, sample_share, score_share
-from fdfo.trainer import train
-from fdfo.update import EpochData, LossScale, StepStats, farthest_ratio, optimizer_step, step_samples
+from fdfo.config.errors import UserError
+from fdfo.config.presets import PRESETS
+from fdfo.config.train_options import ChurnConfig, OptimConfig, SampleConfig, TrainConfig
+from fdfo.distributed.job import Job
+from fdfo.evaluation.health import check_ratio
+from fdfo.method.learner import LossScale
+from fdfo.method.prepare import Run, prepare
+from fdfo.method.rollout import PairShare, sample_share, score_share
+from fdfo.method.trainer import train
+from fdfo.method.update import EpochData, StepSamples, farthest_ratio, optimizer_step, step_samples
+from fdfo.run_folder.find_checkpoint import FRESH, find_checkpoint, find_start, read_config
+from fdfo.run_folder.log import RunLog
+from fdfo.storage.prompts import load_prompts
 
 TINY = PRESETS["tiny"]
 
@@ -52,9 +55,9 @@ def comparable(run: Path) -> list[dict]:
 
 def test_run_folder_holds_what_it_should(job: Job, tmp_path: Path):
     config = small(tmp_path, num_epochs=2, save_freq=1)
-    run = train(job, config, None)
+    run = train(job, config)
     assert run.folder == tmp_path / "00000-scene-cfg_1p0"
-    assert config_from_json((run.folder / "config.json").read_text(), "") == config
+    assert read_config(run.folder) == config
     epochs, steps = log_of(run.folder, "epoch"), log_of(run.folder, "step")
     assert len(epochs) == 2 and len(steps) == 8
     assert set(epochs[1]["seconds"]) == {"encode", "sample", "decode", "reward", "update", "checkpoint"}
@@ -70,11 +73,11 @@ def test_run_folder_holds_what_it_should(job: Job, tmp_path: Path):
 
 def test_resume_is_exact_to_the_bit(job: Job, tmp_path: Path):
     config = small(tmp_path / "straight", num_epochs=4, save_freq=2)
-    straight = train(job, config, None).folder
-    first = train(job, dataclasses.replace(config, runs_dir=tmp_path / "parts", num_epochs=2), None).folder
+    straight = train(job, config).folder
+    first = train(job, dataclasses.replace(config, runs_dir=tmp_path / "parts", num_epochs=2)).folder
     with (first / "training_log.jsonl").open("a") as file:  # what a run killed in epoch 3 leaves behind
         file.write(json.dumps({"kind": "step", "epoch": 3, "loss": 0.0}) + "\n" + '{"kind": "st')
-    second = train(job, dataclasses.replace(config, runs_dir=tmp_path / "parts"), find_checkpoint(str(first))).folder
+    second = train(job, dataclasses.replace(config, runs_dir=tmp_path / "parts"), find_start(str(first))).folder
     assert second.resolve() == first.resolve()
     for name in ("adapter_model.safetensors", "training_state.safetensors"):
         one, two = (load_file(run / "checkpoints" / "epoch-0000004" / name) for run in (straight, first))
@@ -86,7 +89,7 @@ def test_resume_is_exact_to_the_bit(job: Job, tmp_path: Path):
 
 
 def test_resume_from_a_run_needs_no_other_flag(run_cli, tmp_path: Path, job: Job):
-    run = train(job, small(tmp_path, lora_rank=8, lora_alpha=16), None).folder
+    run = train(job, small(tmp_path, lora_rank=8, lora_alpha=16)).folder
     code, out, _ = run_cli("train", "--resume-from", run, "--num-epochs", 2)
     assert code == 0 and f"resuming {run.resolve()} after epoch 1" in out
     assert len(list(tmp_path.iterdir())) == 1 and len(log_of(run, "epoch")) == 2
@@ -94,23 +97,23 @@ def test_resume_from_a_run_needs_no_other_flag(run_cli, tmp_path: Path, job: Job
 
 def test_adapter_without_state_starts_a_new_run(tmp_path: Path, job: Job, capsys):
     config = small(tmp_path / "first")
-    checkpoint = train(job, config, None).folder / "checkpoints" / "epoch-0000001"
+    checkpoint = train(job, config).folder / "checkpoints" / "epoch-0000001"
     published = tmp_path / "published"
     published.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(checkpoint / name, published)
-    run = train(job, dataclasses.replace(config, runs_dir=tmp_path / "second"), find_checkpoint(str(published)))
+    run = train(job, dataclasses.replace(config, runs_dir=tmp_path / "second"), find_start(str(published)))
     assert run.folder.name.startswith("00000-") and log_of(run.folder, "epoch")[0]["epoch"] == 1
     published = published.rename(tmp_path / "fdfo-cfg-4.5")
-    train(job, dataclasses.replace(config, runs_dir=tmp_path / "third"), find_checkpoint(str(published)))
+    train(job, dataclasses.replace(config, runs_dir=tmp_path / "third"), find_start(str(published)))
     assert "trained with guidance 4.5 and is sampled with 1: --sample.guidance-scale 4.5 suits it" in capsys.readouterr().out
     shutil.copytree(checkpoint, tmp_path / "torn")
     with pytest.raises(
         UserError, match="torn has a training state, but no config.json two folders up: copy the whole run folder"
     ):
-        find_run_checkpoint(str(tmp_path / "torn"))
+        find_start(str(tmp_path / "torn"))
     with pytest.raises(UserError, match="--lora-rank 32 --lora-alpha 64"):
-        train(job, dataclasses.replace(config, lora_rank=8), find_checkpoint(str(published)))
+        train(job, dataclasses.replace(config, lora_rank=8), find_start(str(published)))
 
 
 @pytest.mark.parametrize(
@@ -121,15 +124,15 @@ def test_adapter_without_state_starts_a_new_run(tmp_path: Path, job: Job, capsys
         (dict(run_name="other"), "--run-name was None"),
         (dict(preset="sd35-medium-24gb"), "--preset was tiny"),
         (dict(total_pairs_per_epoch=7), "--total-pairs-per-epoch was 6"),
-        (dict(sample=SampleConfig(num_solver_steps=5, resolution=64)), "--sample was"),
+        (dict(sample=SampleConfig(num_solver_steps=5, resolution=64)), "--sample.num-solver-steps was 4"),
     ],
 )
 def test_resume_with_changed_numbers_is_refused(job: Job, tmp_path: Path, change: dict, says: str):
     config = small(tmp_path)
-    run = train(job, config, None).folder
+    run = train(job, config).folder
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=says):
-        train(job, dataclasses.replace(config, num_epochs=2, **change), find_checkpoint(str(run)))
+        train(job, dataclasses.replace(config, num_epochs=2, **change), find_start(str(run)))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -138,26 +141,26 @@ def test_resume_with_other_prompts_to_train_on_is_refused(job: Job, tmp_path: Pa
     file, prompts = tmp_path / "prompts.txt", load_prompts("tiny")[:8]
     file.write_text("\n".join(prompts))
     config = small(tmp_path / "runs", prompt_set=str(file))
-    run = train(job, config, None).folder
+    run = train(job, config).folder
     file.write_text("\n".join(reversed(prompts)))
     with pytest.raises(UserError, match="prompts to train on are not those of .*epoch-0000001: restore the prompt file"):
-        train(job, dataclasses.replace(config, num_epochs=2), find_checkpoint(str(run)))
+        train(job, dataclasses.replace(config, num_epochs=2), find_start(str(run)))
 
 
 def test_resume_of_a_finished_run_says_so(job: Job, tmp_path: Path):
     config = small(tmp_path)
-    run = train(job, config, None).folder
+    run = train(job, config).folder
     with pytest.raises(UserError, match="has 1 epochs already: give a larger --num-epochs"):
-        train(job, config, find_checkpoint(str(run)))
+        train(job, config, find_start(str(run)))
 
 
 def test_an_update_that_moves_nothing_stops_the_run(job: Job, tmp_path: Path):
     with pytest.raises(UserError, match="left the adapter where it was"):
-        train(job, small(tmp_path, train=OptimConfig(learning_rate=1e-45)), None)
+        train(job, small(tmp_path, train=OptimConfig(learning_rate=1e-45)))
 
 
 def test_the_log_is_strict_json(tmp_path: Path):
-    log = RunLog(tmp_path, TINY, 0, 0, main=True)
+    log = RunLog(tmp_path, TINY, (0, 0), main=True)
     log.write("step", 1, loss=float("nan"), scores={"scene": float("inf")}, grad_norm=1.5)
     assert log_of(tmp_path) == [{"kind": "step", "epoch": 1, "loss": None, "scores": {"scene": None}, "grad_norm": 1.5}]
 
@@ -168,7 +171,7 @@ def test_weights_and_biases_goes_on_in_its_own_run(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WANDB_SILENT", "true")
     ids = []
     for epochs_done in (0, 1):
-        log = RunLog(tmp_path, dataclasses.replace(TINY, log_wandb=True), epochs_done, 0, main=True)
+        log = RunLog(tmp_path, dataclasses.replace(TINY, log_wandb=True), (epochs_done, 0), main=True)
         log.write("epoch", epochs_done + 1, reward_mean=1.0, scores={"scene": 1.0})
         ids.append(log.wandb.id)
         log.close()
@@ -178,7 +181,7 @@ def test_weights_and_biases_goes_on_in_its_own_run(tmp_path: Path, monkeypatch: 
 
 def test_an_unfinished_checkpoint_is_never_taken(job: Job, tmp_path: Path):
     config = small(tmp_path, num_epochs=2, save_freq=1)
-    run = train(job, config, None).folder
+    run = train(job, config).folder
     newest = run / "checkpoints" / "epoch-0000002"
     newest.rename(run / "checkpoints" / ".epoch-0000002.partial")
     assert find_checkpoint(str(run)).folder.name == "epoch-0000001"
@@ -197,7 +200,7 @@ def test_an_unfinished_checkpoint_is_never_taken(job: Job, tmp_path: Path):
     ids=["interval", "prior", "kl", "guidance", "own scorer", "memory"],
 )
 def test_options_train(job: Job, tmp_path: Path, changes: dict):
-    run = train(job, small(tmp_path, num_epochs=2, **changes), None)
+    run = train(job, small(tmp_path, num_epochs=2, **changes))
     assert all(step["applied"] for step in log_of(run.folder, "step"))
 
 
@@ -210,24 +213,20 @@ def test_kl_term_pulls_back_to_the_base(job: Job, tmp_path: Path):
             parameter.add_(0.01)
     data.differences.dR.zero_()
     losses = []
-    for samples, total in step_samples(run.plan, config, 0, range(6)) * 3:
-        stats = one_step(job, run, data, samples, total, first=False)
+    for samples in step_samples(run.plan, config, 0, range(6)) * 3:
+        stats = optimizer_step(job, run.learner, data, samples)
         losses.append(stats.loss)
     assert losses[0] > 0 and losses[-1] < 0.7 * losses[0]
 
 
 def first_rollout(job: Job, config: TrainConfig) -> tuple[Run, EpochData]:
     """Everything up to the first update."""
-    run: Run = prepare(job, config, None)
+    run: Run = prepare(job, config, FRESH)
     prompts = run.prompts[: config.total_pairs_per_epoch]
-    text, empty = encode_prompts(run.model, prompts, config)
-    rollout = sample_share(run.model, config, run.plan, 0, range(len(prompts)), prompts, text, empty)
-    differences = score_share(rollout, run.model.decode(rollout.final), run.reward)
+    share = PairShare(0, range(len(prompts)), prompts, *run.model.encode_prompts(prompts, config.sample.guidance_scale))
+    rollout = sample_share(run.model, config, run.plan, share)
+    differences = score_share(rollout, run.model.decode(rollout.final), run.judges.reward)
     return run, EpochData(run.model, config, run.plan, rollout, differences)
-
-
-def one_step(job: Job, run: Run, data: EpochData, samples: torch.Tensor, total: int, first: bool) -> StepStats:
-    return optimizer_step(job, data, samples, total, run.optimizer, run.scale, first)
 
 
 def test_sampling_and_training_must_agree(job: Job, tmp_path: Path):
@@ -235,9 +234,9 @@ def test_sampling_and_training_must_agree(job: Job, tmp_path: Path):
     run, data = first_rollout(job, config)
     with torch.no_grad():
         run.model.pipe.transformer.proj_out.weight.mul_(1.01)
-    samples, total = step_samples(run.plan, config, 0, range(6))[0]
+    stats = optimizer_step(job, run.learner, data, step_samples(run.plan, config, 0, range(6))[0])
     with pytest.raises(UserError, match="sampling and training disagree"):
-        one_step(job, run, data, samples, total, first=True)
+        check_ratio(stats.ratio_first, config.precision)
 
 
 def test_the_ratio_of_the_worst_process_counts():
@@ -247,12 +246,12 @@ def test_the_ratio_of_the_worst_process_counts():
 @pytest.mark.parametrize("name,says", [("Constant", "the same score 7.0"), ("NotANumber", "not finite")])
 def test_dead_scorers_stop_the_run_before_the_first_update(job: Job, tmp_path: Path, name: str, says: str):
     with pytest.raises(UserError, match=f"own_scorers:{name} gave .*{says}"):
-        train(job, small(tmp_path, reward_specs=(f"own_scorers:{name}=1",)), None)
+        train(job, small(tmp_path, reward_specs=(f"own_scorers:{name}=1",)))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_later_score_that_is_not_finite_drops_its_pair(job: Job, tmp_path: Path):
-    run = train(job, small(tmp_path, num_epochs=3, reward_specs=("own_scorers:FailsLater=1",)), None)
+    run = train(job, small(tmp_path, num_epochs=3, reward_specs=("own_scorers:FailsLater=1",)))
     assert [epoch["dropped_pairs"] for epoch in log_of(run.folder, "epoch")] == [0, 1, 1]
     assert all(step["applied"] for step in log_of(run.folder, "step"))
     assert all(parameter.isfinite().all() for parameter in run.model.trainable())
@@ -261,7 +260,7 @@ def test_a_later_score_that_is_not_finite_drops_its_pair(job: Job, tmp_path: Pat
 @pytest.mark.parametrize("name,says", [("NeverAgain", "No pair of epoch 2"), ("Huge", "No optimizer step of epoch 1")])
 def test_a_run_that_has_broken_stops(job: Job, tmp_path: Path, name: str, says: str):
     with pytest.raises(UserError, match=f"{says} .*--train.learning-rate"):
-        train(job, small(tmp_path, num_epochs=3, save_freq=1, reward_specs=(f"own_scorers:{name}=1",)), None)
+        train(job, small(tmp_path, num_epochs=3, save_freq=1, reward_specs=(f"own_scorers:{name}=1",)))
 
 
 def test_broken_latents_drop_their_pair(job: Job, tmp_path: Path):
@@ -270,10 +269,10 @@ def test_broken_latents_drop_their_pair(job: Job, tmp_path: Path):
     rollout = data.rollout
     rollout.final[3] = float("nan")
     rollout.velocities[3] = rollout.xs[3] = float("nan")
-    differences = score_share(rollout, torch.rand(12, 3, 64, 64), run.reward)
+    differences = score_share(rollout, torch.rand(12, 3, 64, 64), run.judges.reward)
     assert differences.dropped.tolist() == [False, False, True, True] + [False] * 8
     data, samples = dataclasses.replace(data, differences=differences), torch.arange(48)
-    stats = one_step(job, run, data, samples, 48, first=True)
+    stats = optimizer_step(job, run.learner, data, StepSamples(samples, 48))
     assert stats.applied and torch.isfinite(torch.tensor(stats.loss)) and stats.ratio_mean == pytest.approx(1)
 
 
@@ -283,7 +282,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(job: Job, tmp_p
     before = {name: p.clone() for name, p in run.model.named_trainable()}
     data.rollout.velocities[0] = float("inf")
     samples = torch.arange(12)  # trajectories 0 to 2, the first of them broken
-    stats = one_step(job, run, data, samples, 12, first=False)
+    stats = optimizer_step(job, run.learner, data, StepSamples(samples, 12))
     assert not stats.applied
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_trainable())
 
@@ -292,34 +291,36 @@ def test_a_rank_without_samples_in_a_step_takes_part(job: Job, tmp_path: Path):
     config = small(tmp_path)
     run, data = first_rollout(job, config)
     none = torch.empty(0, dtype=torch.long)
-    stats = one_step(job, run, data, none, 5, first=True)
+    stats = optimizer_step(job, run.learner, data, StepSamples(none, 5))
     assert stats.applied and stats.grad_norm == 0
 
 
 def test_going_on_from_an_earlier_checkpoint_sets_later_ones_aside(job: Job, tmp_path: Path):
     config = small(tmp_path, num_epochs=3, save_freq=1)
-    run = train(job, config, None).folder
+    run = train(job, config).folder
     kept = load_file(run / "checkpoints" / "epoch-0000002" / "adapter_model.safetensors")
     changed = dataclasses.replace(config, num_epochs=2)
-    train(job, changed, find_checkpoint(str(run / "checkpoints" / "epoch-0000001")))
+    train(job, changed, find_start(str(run / "checkpoints" / "epoch-0000001")))
     assert find_checkpoint(str(run)).folder.name == "epoch-0000002"
     again = load_file(run / "checkpoints" / "epoch-0000002" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], again[name]) for name in kept)
     assert len(list((run / "checkpoints").glob("abandoned-*"))) == 2
-    assert config_from_json((run / "config.json").read_text(), "").num_epochs == 2
+    assert read_config(run).num_epochs == 2
 
 
 def test_every_sample_is_trained_once_an_epoch(job: Job, tmp_path: Path):
     config = small(tmp_path, total_pairs_per_epoch=7)
-    plan = prepare(job, config, None).plan
-    seen = torch.cat([samples for samples, _ in step_samples(plan, config, 0, range(7))])
+    plan = prepare(job, config, FRESH).plan
+    seen = torch.cat([samples.own for samples in step_samples(plan, config, 0, range(7))])
     assert sorted(seen.tolist()) == list(range(7 * 2 * 4))
     parts = [step_samples(plan, config, 0, pairs) for pairs in (range(0, 2), range(2, 7))]
-    for step, (samples, total) in enumerate(step_samples(plan, config, 0, range(7))):
-        shifted = torch.cat([parts[0][step][0], parts[1][step][0] + 2 * 2 * 4])
-        assert total == parts[0][step][1] == len(samples) and sorted(shifted.tolist()) == sorted(samples.tolist())
-    again = step_samples(plan, config, 1, range(7))[0][0]
-    assert again.tolist() != step_samples(plan, config, 0, range(7))[0][0].tolist()
+    for step, samples in enumerate(step_samples(plan, config, 0, range(7))):
+        shifted = torch.cat([parts[0][step].own, parts[1][step].own + 2 * 2 * 4])
+        assert samples.total == parts[0][step].total == len(samples.own) and sorted(shifted.tolist()) == sorted(
+            samples.own.tolist()
+        )
+    again = step_samples(plan, config, 1, range(7))[0].own
+    assert again.tolist() != step_samples(plan, config, 0, range(7))[0].own.tolist()
 
 
 def test_loss_scale_backs_off_and_recovers():
@@ -343,11 +344,11 @@ def test_loss_scale_recovers_from_the_bottom():
 
 def test_damaged_training_state_is_refused(job: Job, tmp_path: Path):
     config = small(tmp_path)
-    run = train(job, config, None)
+    run = train(job, config)
     folder = run.folder / "checkpoints" / "epoch-0000001"
     for name in ("training_state.safetensors", "training_state.json"):
         intact = (folder / name).read_bytes()
         (folder / name).write_bytes(intact[: len(intact) // 2])
         with pytest.raises(UserError, match="damaged"):
-            train(job, dataclasses.replace(config, num_epochs=2), find_checkpoint(str(folder)))
+            train(job, dataclasses.replace(config, num_epochs=2), find_start(str(folder)))
         (folder / name).write_bytes(intact)

@@ -24,7 +24,7 @@ TEXT_WIDTH = 2 * CLIP_WIDTH
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE in which every word of the captions is one token."""
+    """Build a byte-level BPE in which every word of the captions is one token."""
     words = sorted({word for scene in all_scenes() for word in scene.caption().split()})
     specials = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -42,7 +42,7 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
-    """Unigram tokens: the words of the captions, and single characters for everything else."""
+    """Build unigram tokens: the words of the captions, and single characters for everything else."""
     words = sorted({word for scene in all_scenes() for word in scene.caption().split()})
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
     vocab += [("▁" + word, -1.0) for word in words]

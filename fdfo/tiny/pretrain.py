@@ -18,11 +18,9 @@ import tyro
 from diffusers import AutoencoderKL
 from transformers import CLIPProcessor, PreTrainedTokenizerBase
 
-from fdfo.hub import load_pipeline
 from fdfo.tiny import SCENE_CLIP, TEXT_TOKENS, TINY_MODEL
 from fdfo.tiny.architecture import build_clip_tokenizer, build_pipeline, build_scene_clip, build_vae
-from fdfo.tiny.scenes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, all_scenes, is_held_out, render
-from rewards.scene import SceneScorer
+from fdfo.tiny.scenes import COLOURS, RELATIONS, SHAPES, Scene, all_scenes, is_held_out, render
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class PretrainConfig:
     parts: tuple[str, ...] = ("clip", "vae", "flow")
     """what to train: clip, vae, flow; flow alone takes the VAE that lies in --out"""
     scenes: int = 131072
-    """number of rendered training pictures"""
+    """number of rendered training images"""
     corruption: float = 0.12
     """probability that an attribute of a training caption is wrong"""
     clip_steps: int = 3979
@@ -47,8 +45,6 @@ class PretrainConfig:
     """optimizer steps for the transformer and its text encoders"""
     flow_batch: int = 512
     """samples per optimizer step of the transformer"""
-    report_captions: int = 512
-    """held-out captions for the scores printed at the end"""
     seed: int = 0
     """seed of data, weights and noise"""
 
@@ -58,7 +54,7 @@ class PretrainConfig:
 
 
 def sample_scenes(n: int, rng: random.Random) -> list[Scene]:
-    """n scenes that are not held out, a quarter of them with one object."""
+    """Sample n scenes that are not held out, a quarter of them with one object."""
     allowed = [scene for scene in all_scenes() if not is_held_out(scene.caption())]
     singles = [scene for scene in allowed if scene.relation is None]
     doubles = [scene for scene in allowed if scene.relation is not None]
@@ -66,7 +62,7 @@ def sample_scenes(n: int, rng: random.Random) -> list[Scene]:
 
 
 def corrupt(scene: Scene, rate: float, rng: random.Random) -> Scene:
-    """The scene with each attribute replaced at random with the given probability; never a held-out caption."""
+    """Replace each attribute of a scene at random with the given probability; never return a held-out caption."""
 
     def maybe(value, choices):
         return rng.choice(list(choices)) if rng.random() < rate else value
@@ -83,7 +79,7 @@ def corrupt(scene: Scene, rate: float, rng: random.Random) -> Scene:
 
 
 def render_all(scenes: list[Scene], seed: int, device: torch.device) -> torch.Tensor:
-    """All pictures as uint8 on the device: [N, 3, 64, 64]."""
+    """Render all images as uint8 on the device: [N, 3, 64, 64]."""
     generator = torch.Generator().manual_seed(seed)
     chunks = [render(scenes[i : i + 2048], generator, device) for i in range(0, len(scenes), 2048)]
     return torch.cat([(255 * chunk).round().to(torch.uint8) for chunk in chunks])
@@ -96,7 +92,7 @@ def render_all(scenes: list[Scene], seed: int, device: torch.device) -> torch.Te
 def optimise(
     loss_of: Callable[[], torch.Tensor], modules: list[torch.nn.Module], steps: int, learning_rate: float, name: str
 ) -> None:
-    """AdamW with warm-up and cosine decay on loss_of(); leaves the exponential moving average in the modules."""
+    """Run AdamW with warm-up and cosine decay on loss_of(); leave the exponential moving average in the modules."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     device = parameters[0].device
     graphed = device.type == "cuda"
@@ -135,7 +131,7 @@ def optimise(
 
 
 def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The step as one CUDA graph; the learning rate is still 0 while it warms up."""
+    """Capture the step as one CUDA graph; the learning rate is still 0 while it warms up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -154,7 +150,7 @@ def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def to_unit(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures to floats in [-1, 1]."""
+    """Convert uint8 images to floats in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
@@ -179,7 +175,7 @@ def train_vae(config: PretrainConfig, pixels: torch.Tensor) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Means of the latents, not yet scaled: [N, 16, 8, 8]."""
+    """Encode to means of the latents, not yet scaled: [N, 16, 8, 8]."""
     return torch.cat([vae.encode(to_unit(chunk)).latent_dist.mean for chunk in pixels.split(1024)])
 
 
@@ -208,7 +204,7 @@ def train_clip(config: PretrainConfig, scenes: list[Scene], pixels: torch.Tensor
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, captions: list[str], device: torch.device) -> torch.Tensor:
-    """Token ids padded to the tiny model's text length: [N, 16]."""
+    """Tokenise, padded to the tiny model's text length: [N, 16]."""
     padded = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
     return padded.input_ids.to(device)
 
@@ -243,34 +239,6 @@ def train_flow(config: PretrainConfig, scenes: list[Scene], pixels: torch.Tensor
     pipe.save_pretrained(config.out)
 
 
-@torch.no_grad()
-def report(config: PretrainConfig, device: torch.device) -> None:
-    """Prints the scene score of held-out captions: true renderings, reconstructions, and samples with and without guidance."""
-    pipe = load_pipeline(str(config.out), torch.float32).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    rng = random.Random(5)
-    scenes = rng.sample([scene for scene in all_scenes() if is_held_out(scene.caption())], config.report_captions)
-    captions, scorer = [scene.caption() for scene in scenes], SceneScorer(device)
-    truth = render(scenes, torch.Generator().manual_seed(1), device)
-    decoded = pipe.vae.decode(pipe.vae.encode(2 * truth - 1).latent_dist.mean).sample / 2 + 0.5
-    print(
-        f"true {scorer.score(captions, truth).mean():.2f}, autoencoder {scorer.score(captions, decoded.clamp(0, 1)).mean():.2f}"
-    )
-    for steps in (8, 10, 16):
-        for guidance in (1.0, 2.0, 3.0):
-            images = pipe(
-                captions,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=torch.Generator().manual_seed(2),
-                height=IMAGE_SIZE,
-                width=IMAGE_SIZE,
-                max_sequence_length=TEXT_TOKENS,
-                output_type="pt",
-            ).images
-            print(f"{steps} steps, guidance {guidance}: {scorer.score(captions, images).mean():.2f}", flush=True)
-
-
 def main(config: PretrainConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -285,7 +253,6 @@ def main(config: PretrainConfig) -> None:
     if "flow" in config.parts:
         vae = AutoencoderKL.from_pretrained(config.out / "vae").to(device)
         train_flow(config, scenes, pixels, vae)
-        report(config, device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The world of the tiny preset: captions of small scenes, and pictures of them.
+"""The world of the tiny preset: captions of small scenes, and images of them.
 
 A scene is a background colour and one or two objects; a caption says which ("a white circle left of a blue triangle on
 a cyan background"). Colours of one scene always differ. An eighth of all captions, chosen by a hash of the text, is
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fdfo.config import UserError
+from fdfo.config.errors import UserError
 
 IMAGE_SIZE = 64
 COLOURS = {
@@ -47,7 +47,7 @@ class Scene:
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that a caption describes. Raises UserError for text outside the tiny preset's grammar."""
+    """Return the scene that a caption describes. Raises UserError for text outside the tiny preset's grammar."""
     match = _CAPTION.fullmatch(caption.strip())
     if match is None:
         raise UserError(
@@ -61,7 +61,7 @@ def parse_caption(caption: str) -> Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene of the world: 280 with one object, 33,600 with two."""
+    """Return every scene of the world: 280 with one object, 33,600 with two."""
     scenes = []
     for background, colour1 in itertools.permutations(COLOURS, 2):
         for shape1 in SHAPES:
@@ -73,12 +73,12 @@ def all_scenes() -> list[Scene]:
 
 
 def is_held_out(caption: str) -> bool:
-    """True for the eighth of all captions that training never sees."""
+    """Return True for the eighth of all captions that training never sees."""
     return hashlib.sha256(caption.encode()).digest()[0] % 8 == 0
 
 
 def tiny_prompt_sets(seed: int = 0) -> tuple[list[str], list[str]]:
-    """The tiny preset's training and held-out captions (prompt_sets/tiny.txt and tiny_heldout.txt)."""
+    """Return the tiny preset's training and held-out captions (prompt_sets/tiny.txt and tiny_heldout.txt)."""
     rng = random.Random(seed)
     scenes = all_scenes()
     rng.shuffle(scenes)
@@ -95,7 +95,7 @@ def tiny_prompt_sets(seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 def shape_mask(shape: str, centre: torch.Tensor, radius: torch.Tensor, size: int = IMAGE_SIZE) -> torch.Tensor:
-    """Anti-aliased coverage in [0, 1] of every pixel by one shape: centre [N, 2] (x, y), radius [N], pixels -> [N, H, W]."""
+    """Return the anti-aliased coverage in [0, 1] of every pixel by one shape: centre [N, 2] (x, y), radius [N], pixels -> [N, H, W]."""
     grid = torch.arange(size, dtype=torch.float32, device=centre.device) + 0.5
     x = grid[None, None, :] - centre[:, 0, None, None]  # [N, 1, W]
     y = grid[None, :, None] - centre[:, 1, None, None]  # [N, H, 1]
@@ -121,7 +121,7 @@ _INSIDE = {
 
 
 def render(scenes: list[Scene], generator: torch.Generator, device: str | torch.device = "cpu") -> torch.Tensor:
-    """One picture of each scene, with positions and sizes drawn from the generator (on the CPU).
+    """Render one image of each scene, with positions and sizes drawn from the generator (on the CPU).
 
     Returns [N, 3, 64, 64] float32 in [0, 1].
     """
@@ -148,7 +148,7 @@ def render(scenes: list[Scene], generator: torch.Generator, device: str | torch.
 
 
 def _direction(scene: Scene, k: int) -> tuple[int, int]:
-    """Where object k lies from the middle of the picture, as a unit step (x, y); (0, 0) for a single object."""
+    """Return where object k lies from the middle of the image, as a unit step (x, y); (0, 0) for a single object."""
     if scene.relation is None:
         return (0, 0)
     x, y = RELATIONS[scene.relation]

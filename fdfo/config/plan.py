@@ -1,0 +1,128 @@
+"""Plans: numbers derived from options, such as micro-batches, churn and the settings of images."""
+
+import math
+from dataclasses import dataclass
+
+from fdfo.config.errors import UserError
+from fdfo.config.presets import PRESETS
+from fdfo.config.tool_options import GenerateConfig, MetricsConfig
+from fdfo.config.train_options import ChurnConfig, TrainConfig
+
+CHURN_DEFAULTS = {
+    "raw": {"weight": 0.0025},
+    "interval": {"weight": 1.0, "weight_sd": 0.0, "mu": 1.0, "sd": 1.5, "soft_sd": 0.25},
+    "prior": {"weight": 0.1, "weight_sd": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the pairs and samples of an epoch are divided among processes and micro-batches."""
+
+    pairs: tuple[int, ...]  # pairs of each rank
+    samples: int  # (trajectory, step) samples of the epoch, all ranks together
+    gradient_steps: int  # optimizer steps of the epoch
+    sample_batch: int  # pairs a micro-batch when sampling
+    train_batch: int  # samples a micro-batch when training
+
+    def describe(self) -> str:
+        largest, smallest = max(self.pairs), min(self.pairs)
+        share = f"{largest}" if largest == smallest else f"{smallest} or {largest}"
+        return (
+            f"batch plan: {sum(self.pairs)} pairs per epoch on {len(self.pairs)} process(es), {share} each, sampled "
+            f"{self.sample_batch} at a time; {self.samples} samples in {self.gradient_steps} optimizer step(s), "
+            f"micro-batches of {self.train_batch}"
+        )
+
+
+def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
+    """Plan micro-batches no larger than --max-batch-size (docs/method.md 4).
+
+    In training all have one even size, and are as few as possible. Sampling takes as many pairs at a time as fill whole batches
+    of that size, the only one for which the transformer is compiled. Raises UserError if the batch sizes, pairs, optimizer steps
+    and processes do not fit together.
+    """
+    pairs, steps = config.total_pairs_per_epoch, config.gradient_steps_per_epoch
+    if pairs < world_size:
+        raise UserError(f"{pairs} pairs per epoch cannot feed {world_size} processes: start {pairs} or fewer.")
+    samples = 2 * pairs * config.sample.num_solver_steps
+    if steps > samples:
+        raise UserError(
+            f"{steps} gradient steps per epoch are more than its {samples} samples: lower --gradient-steps-per-epoch."
+        )
+    largest = config.max_batch_size if config.max_batch_size is not None else (13 if world_size >= 8 else 6)
+    shares = tuple(pairs * (rank + 1) // world_size - pairs * rank // world_size for rank in range(world_size))
+    for flag, value in (("sample", config.sample.batch_size), ("train", config.train.batch_size)):
+        if value is not None and value > largest:
+            raise UserError(f"--{flag}.batch-size {value} is above --max-batch-size {largest}: change one of the two.")
+    share_of_step = -(-samples // (steps * world_size))
+    train_batch = min(config.train.batch_size or even_batch(share_of_step, largest), share_of_step)
+    filling = train_batch // math.gcd(2, train_batch)  # pairs that fill one batch of the transformer, or two
+    sample_batch = min(config.sample.batch_size or largest // filling * filling, max(shares))
+    return BatchPlan(shares, samples, steps, sample_batch, train_batch)
+
+
+def even_batch(count: int, largest: int) -> int:
+    """Return the size of micro-batches that divide count into as few and equal parts as possible, lowered to an even number above 1."""
+    size = -(-count // -(-count // largest))
+    return size - size % 2 if size > 1 else 1
+
+
+def plan_churn(churn: ChurnConfig) -> dict[str, float]:
+    """Return the numbers of the churn schedule, with its defaults for those left out (docs/method.md 2). Raises UserError."""
+    numbers = dict(CHURN_DEFAULTS[churn.schedule])
+    for name in ("weight", "weight_sd", "mu", "sd", "soft_sd"):
+        value = getattr(churn, name)
+        if value is None:
+            continue
+        if name not in numbers:
+            raise UserError(
+                f"--churn.{name.replace('_', '-')} has no effect with --churn.schedule {churn.schedule}: leave it out."
+            )
+        numbers[name] = value
+    return numbers
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images are drawn without churn."""
+
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    batch_size: int
+
+    def describe(self) -> str:
+        return f"{self.width} x {self.height}, {self.steps} steps, guidance {self.guidance}"
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """Which model draws the images of generate.py and metrics.py, and how."""
+
+    model: str
+    half_precision: bool
+    prompt_set: str
+    settings: ImageSettings
+
+
+def plan_images(config: GenerateConfig | MetricsConfig, run: TrainConfig | None, guidance: float | None) -> ImagePlan:
+    """Plan images: flags come first, then the checkpoint's run, then the preset.
+
+    run: the config of the checkpoint's run; guidance: the one it was trained with. Each is None if unknown.
+    """
+    base = run or PRESETS[config.preset]
+
+    def first(*values: float | None) -> float:
+        return next(value for value in values if value is not None)
+
+    settings = ImageSettings(
+        first(config.width, base.sample.resolution),
+        first(config.height, base.sample.resolution),
+        first(config.num_inference_steps, base.sample.num_solver_steps),
+        first(config.guidance_scale, guidance, base.sample.guidance_scale),
+        config.batch_size,
+    )
+    prompt_set = "tiny_heldout" if base.preset == "tiny" else "showcase"
+    return ImagePlan(config.pretrained_model or base.pretrained_model, base.precision != "fp32", prompt_set, settings)

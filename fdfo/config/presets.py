@@ -1,0 +1,34 @@
+"""The presets of train.py: sets of defaults."""
+
+from fdfo.config.train_options import ChurnConfig, OptimConfig, SampleConfig, TrainConfig
+
+PRESETS = {
+    "sd35-medium": TrainConfig(),
+    "sd35-medium-24gb": TrainConfig(
+        preset="sd35-medium-24gb",
+        vlm_model_name="qwenvl-3b",
+        vlm_use_fsdp=False,
+        gradient_checkpointing=True,
+        offload_scorers=True,
+        offload_trajectories=True,
+        max_batch_size=4,
+    ),
+    "tiny": TrainConfig(
+        preset="tiny",
+        sample=SampleConfig(num_solver_steps=8, resolution=64),
+        train=OptimConfig(learning_rate=2e-4, clip_range=0.2),
+        churn=ChurnConfig(weight=0.02),
+        num_epochs=20,
+        memory_efficient=False,
+        pretrained_model="tiny",
+        prompt_set="tiny",
+        total_pairs_per_epoch=128,
+        max_batch_size=256,
+        reward_preset="scene",
+        precision="fp32",
+        compile=False,
+        eval_every=5,
+        eval_prompt_set="tiny_heldout",
+        eval_metrics=("scene_clip", "pixel_diversity"),
+    ),
+}

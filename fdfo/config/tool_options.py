@@ -1,0 +1,124 @@
+"""The options of generate.py, metrics.py, fdfo.export and fdfo.report."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fdfo.config.options import Count, Options, Text
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Options):
+    """Draw a grid of images with a checkpoint, or with the base model."""
+
+    out: Path
+    """image file to write (.jpg or .png)"""
+    checkpoint: Text | None = None
+    """checkpoint folder, run folder, hub URL or hf:OWNER/NAME/FOLDER; the base model if left out"""
+    preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
+    """base model and image settings, unless the checkpoint's run or a flag gives them"""
+    pretrained_model: str | None = None
+    """hub id or folder of the base model, or tiny"""
+    prompts: tuple[str, ...] = ()
+    """prompts of your own"""
+    prompt_file: str | None = None
+    """text file with one prompt per line, or a name in prompt_sets/; showcase if left out"""
+    columns: Count = 3
+    """prompts side by side"""
+    grid_cols: Count = 3
+    """images of a prompt side by side"""
+    grid_rows: Count = 1
+    """rows of images of a prompt"""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """seed of the first image; each further image adds 1"""
+    width: Count | None = None
+    """width of an image, pixels (512)"""
+    height: Count | None = None
+    """height of an image, pixels (512)"""
+    num_inference_steps: Count | None = None
+    """solver steps (40)"""
+    guidance_scale: Annotated[float | None, Field(ge=1)] = None
+    """classifier-free guidance (1.0, or what the checkpoint was trained with)"""
+    batch_size: Count = 4
+    """images drawn at a time"""
+
+
+@dataclass(frozen=True)
+class MetricsConfig(Options):
+    """Score the images that checkpoints, or the base model, draw for a prompt set; or score a folder of images."""
+
+    metrics: tuple[str, ...]
+    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, dreamsim_diversity, pixel_diversity, scene,
+    scene_clip; vlm_..._train asks the question of training; MODULE:CLASS is a scorer of your own"""
+    checkpoint: tuple[Text, ...] = ()
+    """one or more of: checkpoint folder, run folder (all its checkpoints), hub URL, hf:OWNER/NAME/FOLDER, or the word base; the base
+    model if left out"""
+    preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
+    """base model and image settings, unless the checkpoint's run or a flag gives them"""
+    pretrained_model: str | None = None
+    """hub id or folder of the base model, or tiny"""
+    images: Path | None = None
+    """score the images of this folder instead of drawing any. Each entry, an image or a sub-folder of images, belongs to one prompt:
+    named by the prompt's number in the prompt set, from 0 (000012.png, 000012/1.png), or by the prompt itself (a red fox.png)"""
+    prompt_set: str = "pickscore_train"
+    """name in prompt_sets/, or a text file with one prompt per line"""
+    num_prompts: Count = 500
+    """number of prompts: the first of the shuffled set"""
+    num_repeats: Count = 1
+    """images per prompt"""
+    out: Path | None = None
+    """JSON file for the results; several checkpoints also give a plot beside it"""
+    per_prompt: bool = False
+    """also write the scores of every prompt into the JSON file"""
+    save_images: Path | None = None
+    """new folder that keeps the scored images"""
+    prompt_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """seed of the order of prompts"""
+    image_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """seed of the first image; each further image adds 1"""
+    width: Count | None = None
+    """width of an image, pixels (512)"""
+    height: Count | None = None
+    """height of an image, pixels (512)"""
+    num_inference_steps: Count | None = None
+    """solver steps (40)"""
+    guidance_scale: Annotated[float | None, Field(ge=1)] = None
+    """classifier-free guidance (1.0, or what the checkpoint was trained with)"""
+    batch_size: Count = 4
+    """images drawn at a time"""
+    vlm_model: str = "qwenvl-7b"
+    """judge of the vlm metrics: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""
+    vlm_use_fsdp: bool = True
+    """shard the judge over the GPUs of the job if one GPU has no room for it"""
+
+
+@dataclass(frozen=True)
+class ExportConfig(Options):
+    """Write a checkpoint for use elsewhere: as a LoRA that diffusers loads, or merged into a whole pipeline."""
+
+    checkpoint: Text
+    """checkpoint folder, run folder (its newest intact checkpoint), hub URL or hf:OWNER/NAME/FOLDER"""
+    lora: Path | None = None
+    """new folder for the LoRA in diffusers' format and its model card"""
+    merge: Path | None = None
+    """new folder for the whole pipeline with the LoRA merged in, and its model card"""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """with --merge: type of the pipeline's weights; by default fp32 for a run in fp32, else bf16"""
+    preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
+    """base model, unless the checkpoint's run or a flag gives it"""
+    pretrained_model: str | None = None
+    """hub id or folder of the base model, or tiny"""
+
+
+@dataclass(frozen=True)
+class ReportConfig(Options):
+    """Write report.html: one run's curves, sheets of images and settings, or the curves of several runs."""
+
+    runs: tuple[Path, ...]
+    """run folders: one has its report.html written again, several are compared on one page"""
+    out: Path | None = None
+    """HTML file to write (RUN/report.html for one run, RUN/watch.html with --watch, report.html for several)"""
+    watch: bool = False
+    """write the page again whenever the run's log grows, until Ctrl-C; the page reloads itself"""

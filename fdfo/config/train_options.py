@@ -1,0 +1,143 @@
+"""The options of train.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fdfo.config.options import FREE, Count, NotNegative, Options, Positive, Text
+
+SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+
+
+@dataclass(frozen=True)
+class SampleConfig(Options):
+    num_solver_steps: Count = 40
+    """solver steps T of a trajectory"""
+    guidance_scale: Annotated[float, Field(ge=1)] = 1.0
+    """classifier-free guidance in sampling and training; 1 means none"""
+    resolution: Annotated[int, Field(ge=16, le=1_000_000, multiple_of=16)] = 512
+    """width and height of the images, pixels"""
+    batch_size: Annotated[Count | None, FREE] = None
+    """pairs per micro-batch in sampling; derived from --max-batch-size if left out"""
+
+
+@dataclass(frozen=True)
+class OptimConfig(Options):
+    learning_rate: Positive = 3e-5
+    """AdamW learning rate"""
+    clip_range: Positive = 0.03
+    """eps of the surrogate loss: how far the ratio may move from 1"""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW beta1"""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW beta2"""
+    adam_weight_decay: NotNegative = 1e-4
+    """AdamW weight decay"""
+    adam_epsilon: Positive = 1e-8
+    """AdamW epsilon"""
+    max_grad_norm: Positive = 1.0
+    """norm to which the gradient of an optimizer step is clipped"""
+    kl_weight: NotNegative = 0.0
+    """weight of the squared distance to the base model's velocity; 0 means none"""
+    batch_size: Annotated[Count | None, FREE] = None
+    """samples per micro-batch in training; derived from --max-batch-size if left out"""
+
+
+@dataclass(frozen=True)
+class ChurnConfig(Options):
+    schedule: Literal["raw", "interval", "prior"] = "raw"
+    """where the branches of a pair part: at every noise level, around one noise level, or in the starting noise"""
+    weight: Positive | None = None
+    """amount of churn (raw 0.0025, interval 1.0, prior 0.1)"""
+    weight_sd: NotNegative | None = None
+    """standard deviation, over pairs, of the log of the amount (interval 0.0, prior 1.0)"""
+    mu: float | None = None
+    """mean of the interval's centre, as the logit of the noise level (interval 1.0)"""
+    sd: NotNegative | None = None
+    """standard deviation, over pairs, of the interval's centre (interval 1.5)"""
+    soft_sd: Positive | None = None
+    """width of the interval (interval 0.25)"""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Options):
+    """Train a LoRA of a text-to-image flow model with a reward, by Finite Difference Flow Optimization."""
+
+    preset: Literal["sd35-medium", "sd35-medium-24gb", "tiny"] = "sd35-medium"
+    """set of defaults: sd35-medium; sd35-medium-24gb for one GPU of 24 GB, with a smaller judge; tiny, a small bundled model that needs
+    no download and no GPU"""
+    sample: SampleConfig = SampleConfig()
+    train: OptimConfig = OptimConfig()
+    churn: ChurnConfig = ChurnConfig()
+    run_name: Annotated[str | None, Field(pattern=r"^[\w.-]+$")] = None
+    """name of the run folder after its number; by default the reward preset and the guidance"""
+    runs_dir: Annotated[Path, FREE] = Path("runs")
+    """folder that holds the run folders"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 6
+    """seed of the order of prompts, the noise, the LoRA's start and the order of samples"""
+    num_epochs: Annotated[Count, FREE] = 1000
+    """epochs of the whole run, including those before a resume"""
+    save_freq: Annotated[Count, FREE] = 5
+    """epochs between checkpoints; the last epoch is always saved"""
+    keep_last: Annotated[Count | None, FREE] = None
+    """number of newest checkpoints to keep on disk; all if left out"""
+    keep_every: Annotated[Count | None, FREE] = None
+    """with --keep-last: also keep every checkpoint whose epoch is a multiple of this"""
+    resume_from: Annotated[Text | None, FREE] = None
+    """run folder (its newest intact checkpoint), checkpoint folder or hub URL to start from. auto: resume the run with the highest
+    number in --runs-dir whose settings equal this command line's, or start a new run if there is none; flags that do not affect
+    results may differ"""
+    strict: Annotated[bool, FREE] = False
+    """stop with a checkpoint if an epoch's health check or an evaluation warns"""
+    timeout_minutes: Annotated[float, Field(gt=0, le=1e5), FREE] = 30.0
+    """minutes without progress (a micro-batch, an optimizer step, a stage) after which the job ends"""
+    lora_rank: Count = 32
+    """rank of the LoRA"""
+    lora_alpha: Count = 64
+    """alpha of the LoRA; its output is scaled by alpha / rank"""
+    vlm_model_name: str = "qwenvl-7b"
+    """judge of the vlm rewards: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""
+    vlm_use_fsdp: Annotated[bool, FREE] = True
+    """shard the judge over the GPUs of the job if one GPU has no room for it"""
+    memory_efficient: Annotated[bool, FREE] = True
+    """keep the text encoders in host memory while no prompts are encoded"""
+    gradient_checkpointing: Annotated[bool, FREE] = False
+    """store only the inputs of the transformer's blocks and recompute each block in the backward pass: less memory, more time"""
+    offload_scorers: Annotated[bool, FREE] = False
+    """keep the scorers' models in host memory and bring each to the GPU only to score. Scorers used by evaluations alone are always
+    offloaded. A scorer of your own takes part if its attribute `model` is a torch.nn.Module on the GPU"""
+    offload_trajectories: Annotated[bool, FREE] = False
+    """keep the trajectories of an epoch in host memory"""
+    pretrained_model: str = SD35_MEDIUM
+    """hub id or folder of the StableDiffusion3Pipeline to train, or tiny for the bundled one"""
+    prompt_set: str = "pickscore_train"
+    """name in prompt_sets/, or a text file with one prompt per line"""
+    total_pairs_per_epoch: Count = 432
+    """pairs sampled per epoch by all processes together"""
+    gradient_steps_per_epoch: Count = 4
+    """optimizer steps per epoch"""
+    max_batch_size: Annotated[Count | None, FREE] = None
+    """largest micro-batch: pairs in sampling, samples in training (6, or 13 with 8 or more processes)"""
+    reward_preset: str = "combined"
+    """weighted set of scorers: pickscore, vlm_alignment, combined, or scene (for the tiny preset)"""
+    reward_specs: tuple[str, ...] = ()
+    """scorers and weights of your own instead of a preset: NAME=WEIGHT or MODULE:CLASS=WEIGHT"""
+    log_wandb: Annotated[bool, FREE] = False
+    """also log to Weights & Biases"""
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """compute type of the transformer and the decoder"""
+    compile: Annotated[bool, FREE] = True
+    """compile the transformer's blocks and the decoder before the first epoch (on a GPU)"""
+    eval_every: Annotated[Count, FREE] = 10
+    """epochs between evaluations on held-out prompts; epoch 0 and the last epoch are evaluated too"""
+    eval_prompts: Annotated[int | None, Field(ge=0, le=1_000_000)] = None
+    """number of held-out prompts: 128 if left out, or a tenth of a --prompt-set with fewer than 1,280 prompts; 0 means no evaluation"""
+    eval_prompt_set: str | None = None
+    """prompts to evaluate on, which are never trained on; split off --prompt-set if left out"""
+    eval_metrics: tuple[str, ...] = ("clip_h14", "dreamsim_diversity")
+    """scorers of the evaluations beside the reward's own; they select checkpoints/best. With a diversity metric, two images per prompt
+    are drawn"""
+    eval_least_diversity: Annotated[float, Field(ge=0, le=1), FREE] = 0.5
+    """an evaluation warns if a diversity falls below this share of its value at epoch 0"""

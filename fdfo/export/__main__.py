@@ -1,0 +1,91 @@
+"""Write a checkpoint for use elsewhere: as a LoRA that diffusers loads, or merged into a whole pipeline.
+
+python -m fdfo.export runs/00000-combined-cfg_1p0 --lora my_lora
+python -m fdfo.export runs/00000-combined-cfg_1p0 --merge my_pipeline
+python -m fdfo.export https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER --lora my_lora
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fdfo.config.command_line import parse_export_config
+from fdfo.config.errors import UserError
+from fdfo.config.presets import PRESETS
+from fdfo.config.tool_options import ExportConfig
+from fdfo.distributed.launch import run_command_line
+from fdfo.storage.atomic_files import atomic_folder
+
+if TYPE_CHECKING:
+    from fdfo.run_folder.find_checkpoint import Checkpoint
+    from fdfo.run_folder.lora_file import Lora
+    from fdfo.run_folder.model_card import Origin
+
+# Diffusers and PEFT take seconds to import. They are imported in the functions below, so that --help and mistakes answer at once.
+
+
+def main() -> None:
+    export(parse_export_config(sys.argv[1:]))
+
+
+def export(config: ExportConfig) -> None:
+    """Write the LoRA or the pipeline, with its model card. Raises UserError."""
+    from fdfo.run_folder.find_checkpoint import CARD, find_checkpoint
+    from fdfo.run_folder.lora_file import read_lora, write_lora
+    from fdfo.run_folder.model_card import model_card
+
+    checkpoint = find_checkpoint(config.checkpoint)
+    origin, lora, out = find_origin(config, checkpoint), read_lora(checkpoint.folder), config.merge or config.lora
+    with new_folder(out) as folder:
+        if config.merge is not None:
+            write_pipeline(folder, config, origin, lora)
+        else:
+            write_lora(folder, lora)
+        (folder / CARD).write_text(model_card(origin, config.merge is not None), encoding="utf-8")
+    print(f"{checkpoint.label}: {out}", flush=True)
+
+
+def find_origin(config: ExportConfig, checkpoint: "Checkpoint") -> "Origin":
+    """Return what is known of the adapter, from its run's config, else from its folder's name and the flags."""
+    from fdfo.run_folder.find_checkpoint import CHECKPOINT_NAME, epochs_and_steps, saved_config, trained_guidance
+    from fdfo.run_folder.model_card import Origin
+
+    saved = saved_config(checkpoint)
+    settings = saved or PRESETS[config.preset]
+    base = config.pretrained_model or settings.pretrained_model
+    named = CHECKPOINT_NAME.fullmatch(checkpoint.folder.name)
+    epochs, steps = epochs_and_steps(checkpoint.folder) if named else (None, 0)
+    return Origin(base, settings, saved is not None, trained_guidance(checkpoint), epochs, steps)
+
+
+def write_pipeline(folder: Path, config: ExportConfig, origin: "Origin", lora: "Lora") -> None:
+    """Write the whole pipeline, with the LoRA merged into its transformer."""
+    from fdfo.model.adapted_pipeline import COMPUTE_TYPES
+    from fdfo.run_folder.lora_file import merge_lora
+    from fdfo.run_folder.model_card import public_name
+    from fdfo.storage.hub import load_pipeline
+
+    default = "fp32" if origin.settings.precision == "fp32" else "bf16"
+    pipe = load_pipeline(origin.base, COMPUTE_TYPES[config.dtype or default])
+    merge_lora(pipe, lora, config.checkpoint)
+    for part in (pipe, pipe.transformer, pipe.vae):
+        part.register_to_config(_name_or_path=public_name(origin.base))  # not the path of a folder on this machine
+    pipe.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield the folder to fill; it appears whole or not at all. Raises UserError if it cannot be written."""
+    from safetensors import SafetensorError
+
+    try:
+        with atomic_folder(out) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} cannot be written ({error}): make room, or give the name of another new folder.") from error
+
+
+if __name__ == "__main__":
+    run_command_line(main)

@@ -1,0 +1,28 @@
+"""The finite-difference estimator and its surrogate loss (docs/method.md 3 and 4). Pure functions of tensors."""
+
+import torch
+
+
+def pair_deviation(values: torch.Tensor) -> torch.Tensor:
+    """Return each branch's deviation from its pair's mean (docs/method.md 3): interleaved [2P, ...] -> [2P, ...]."""
+    first, second = values[0::2], values[1::2]  # [P, ...]
+    half = (first - second) / 2
+    return torch.stack([half, -half], dim=1).flatten(0, 1)
+
+
+def surrogate_loss(
+    v: torch.Tensor, v_ref: torch.Tensor, dx: torch.Tensor, dR: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the SPO surrogate of one (trajectory, step) sample per row (docs/method.md 4).
+
+    v, v_ref, dx [N, C, H, W]; dR [N] -> loss [N], ratio rho [N], in float32 or better. Only v carries a gradient.
+    """
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    v, v_ref, dx, dR = v.to(dtype), v_ref.detach().to(dtype), dx.detach().to(dtype), dR.detach().to(dtype)
+    dims = (1, 2, 3)
+    d = dx / (dx.square().mean(dims, keepdim=True) + 1e-6)  # [N, C, H, W]
+    dv = v - v_ref
+    # With v* = v_ref - d: mean((v - v*)^2) - mean(d^2) = mean(dv^2 + 2 dv d), without subtracting two large numbers.
+    rho = torch.exp(-(dv.square() + 2 * dv * d).mean(dims))  # [N]
+    loss = -dR * rho + dR.abs() / (2 * clip_range) * (rho - 1).square()
+    return loss, rho

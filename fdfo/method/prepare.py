@@ -1,0 +1,198 @@
+"""Prepares a training run: checks everything, loads everything, and only then makes or opens the run folder."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fdfo.config.errors import UserError
+from fdfo.config.plan import BatchPlan, plan_batches
+from fdfo.config.train_options import TrainConfig
+from fdfo.distributed.job import Job
+from fdfo.distributed.launch import check_device
+from fdfo.evaluation.health import Health
+from fdfo.evaluation.heldout import HeldOut, PromptSplit, prepare_held_out, split_prompts
+from fdfo.method.learner import Learner, Progress
+from fdfo.model.flow_model import FlowModel
+from fdfo.model.memory import expected_memory
+from fdfo.run_folder.find_checkpoint import AUTO, Checkpoint, Start, guidance_warning, read_config
+from fdfo.run_folder.folder import (
+    check_same_prompts,
+    check_writable,
+    claim,
+    create_run_folder,
+    evaluated_epochs,
+    reopen_run_folder,
+)
+from fdfo.run_folder.log import RunLog
+from fdfo.run_folder.save_checkpoint import check_resume, damaged, load_checkpoint
+from rewards.presets import VLM_SCORERS, VLM_TRAINING_SCORERS
+from rewards.registry import VlmSettings, build_scorers, check_scorer_name, reward_weights
+from rewards.scorer import Judges, WeightedReward, check_prompts
+
+
+@dataclass
+class Run:
+    """Everything that a training run holds between epochs."""
+
+    job: Job
+    config: TrainConfig
+    folder: Path
+    log: RunLog
+    plan: BatchPlan
+    prompts: list[str]  # to train on
+    learner: Learner
+    judges: Judges
+    held_out: HeldOut | None
+    health: Health
+    first_epoch: int  # index of the first epoch that this process does from its start
+    compile_seconds: float | None  # None if nothing is compiled
+
+    @property
+    def model(self) -> FlowModel:
+        return self.learner.model
+
+    @property
+    def progress(self) -> Progress:
+        return self.learner.progress
+
+
+def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
+    """Prepare a run. Raises UserError."""
+    check_device(config.precision, job.device)
+    plan = plan_batches(config, job.world_size)
+    weights = reward_weights(config.reward_preset, config.reward_specs)
+    split = job.on_main(lambda: split_prompts(config))
+    for metric in config.eval_metrics if split.held_out else ():
+        check_scorer_name(metric)
+    check_writable(start.run or config.runs_dir)
+    if start.resumed:
+        check_resume(config, read_config(start.run))
+    if start.run is not None:
+        job.on_main(lambda: check_same_prompts(start.run, split.held_out))
+    model = load_model(job, config, start.checkpoint)
+    compile_seconds = accelerate(job, config, plan, model)
+    learner = Learner.start(model, config)
+    if start.resumed:
+        restore(job, config, start, split, learner)
+    judges = build_judges(job, config, weights, split)
+    held_out = prepare_held_out(job, config, model, split.held_out, judges)
+    progress = learner.progress
+    folder = open_folder(job, config, start, (progress.epochs, len(progress.steps)))
+    log = RunLog(folder, config, (progress.epochs, len(progress.steps)), job.is_main)
+    health = Health(config.precision, log.gradient_norms)
+    first_epoch = progress.epochs + (1 if progress.steps else 0)
+    return Run(
+        job, config, folder, log, plan, split.training, learner, judges, held_out, health, first_epoch, compile_seconds,
+    )  # fmt: skip
+
+
+def restore(job: Job, config: TrainConfig, start: Start, split: PromptSplit, learner: Learner) -> None:
+    """Restore the learner of a run to resume. Raises UserError if its state does not fit, or if nothing is left to do."""
+    checkpoint = start.checkpoint
+    try:
+        learner.restore(load_checkpoint(checkpoint, config, split.training))
+    except (KeyError, TypeError, ValueError) as error:
+        raise error if isinstance(error, UserError) else damaged(checkpoint, error) from error
+    epochs = learner.progress.epochs
+    done = epochs == config.num_epochs and (not split.held_out or epochs in job.on_main(lambda: evaluated_epochs(start.run)))
+    if epochs > config.num_epochs or (done and config.resume_from != AUTO):
+        raise UserError(f"{start.run} has {epochs} epochs already: give a larger --num-epochs to continue.")
+
+
+def build_judges(job: Job, config: TrainConfig, weights: dict[str, float], split: PromptSplit) -> Judges:
+    """Build all scorers of the run, and check that they can judge its prompts. Raises UserError.
+
+    The scorers of evaluations alone leave the GPU between two calls, and so do all with --offload-scorers. A VLM stays otherwise,
+    since a sharded one cannot leave.
+    """
+    metrics = config.eval_metrics if split.held_out else ()
+    alone = [name for name in metrics if name not in weights]
+    offloaded = {*weights, *metrics} if config.offload_scorers else {*alone} - {*VLM_SCORERS, *VLM_TRAINING_SCORERS}
+    vlm = VlmSettings(config.vlm_model_name, config.vlm_use_fsdp)
+    scorers = build_scorers(dict.fromkeys((*weights, *metrics)), job, vlm, offloaded)
+    judges = Judges(WeightedReward(weights, {name: scorers[name] for name in weights}), {name: scorers[name] for name in alone})
+    check_prompts(judges.reward.scorers, split.training)
+    check_prompts(scorers, split.held_out)
+    return judges
+
+
+def open_folder(job: Job, config: TrainConfig, start: Start, reached: tuple[int, int]) -> Path:
+    """Create the run folder, or open the one to continue in; print which. reached: whole epochs and further optimizer steps."""
+    if start.run is None:
+        if start.checkpoint is not None:
+            job.print(f"{start.checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
+        folder = job.on_main(lambda: create_run_folder(config))
+        job.on_main(lambda: claim(folder))
+        return folder
+    job.on_main(lambda: claim(start.run))
+    job.on_main(lambda: reopen_run_folder(start.run, config, (-1, 0) if start.again else reached))
+    if start.again:
+        job.print(f"{start.run} has no intact checkpoint: beginning again in it")
+    else:
+        steps = f" and {reached[1]} optimizer steps of the next" if reached[1] else ""
+        job.print(f"resuming {start.run} after epoch {reached[0]}{steps}")
+    return start.run
+
+
+def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> FlowModel:
+    """Load the base model onto its device, with a fresh LoRA or the checkpoint's. Raises UserError if they do not fit."""
+    model = FlowModel(config.pretrained_model, config.precision, job.device)
+    model.latent_shape(config.sample.resolution)
+    if checkpoint is None:
+        model.add_lora(config.lora_rank, config.lora_alpha, config.seed)
+    else:
+        model.load_adapter(checkpoint.folder)
+        lora = model.peft.peft_config["default"]
+        if (lora.r, lora.lora_alpha) != (config.lora_rank, config.lora_alpha):
+            raise UserError(
+                f"The adapter in {checkpoint.folder} has rank {lora.r} and alpha {lora.lora_alpha}: give --lora-rank {lora.r} "
+                f"--lora-alpha {lora.lora_alpha}."
+            )
+        if warning := guidance_warning(checkpoint, config.sample.guidance_scale, "--sample.guidance-scale"):
+            job.print(warning)
+    model.to_device(text_encoders=not config.memory_efficient)
+    if config.gradient_checkpointing:
+        model.checkpoint_gradients()
+    return model
+
+
+def accelerate(job: Job, config: TrainConfig, plan: BatchPlan, model: FlowModel) -> float | None:
+    """Make the model fast; return the seconds that compiling took. If compiling fails on a rank, warn and leave that rank eager."""
+    rows = plan.train_batch if config.compile and job.device.type == "cuda" else None
+    start = time.perf_counter()
+    try:
+        failure = model.accelerate(rows, config.sample.resolution)
+    except torch.OutOfMemoryError:  # the trial before the first epoch finds the size that fits
+        failure = None
+    failures = {rank: reason for rank, reason in enumerate(job.gather_objects(failure)) if reason is not None}
+    if failures:
+        rank = min(failures)
+        job.print(
+            f"warning: compiling failed on {len(failures)} of {job.world_size} processes, which continue uncompiled and slower; on rank "
+            f"{rank}: {failures[rank]}"
+        )
+    return None if rows is None or failures else round(time.perf_counter() - start, 1)
+
+
+def announce(run: Run) -> None:
+    """Print what the run trains, on what, and how."""
+    job, config, held_out = run.job, run.config, run.held_out
+    parameters = run.model.trainable()
+    count = sum(p.numel() for p in parameters)
+    rewards = " + ".join(f"{weight:g} {name}" for name, weight in run.judges.reward.weights.items())
+    job.print(
+        f"model: {config.pretrained_model} ({config.precision}) on {job.device.type}, LoRA of {len(parameters) // 2} modules, {count:,} parameters"
+    )
+    job.print(f"reward: {rewards}; {len(run.prompts)} prompts; churn {config.churn.schedule}")
+    if held_out is None:
+        job.print("evaluation: none, no prompts are held out (--eval-prompt-set or --eval-prompts gives some)")
+    else:
+        job.print(
+            f"evaluation: {len(held_out.prompts)} held-out prompts, {held_out.repeats} image(s) each, every {config.eval_every} epochs: "
+            f"{', '.join(('the reward', *held_out.metrics))}"
+        )
+    job.print(run.plan.describe())
+    job.print(expected_memory(job, config, run.model, run.plan))
+    job.print(f"run folder: {run.folder}")

@@ -1,0 +1,220 @@
+"""The training loop, one stage after the other (docs/method.md 2 to 4)."""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from fdfo.config.errors import UserError
+from fdfo.config.train_options import TrainConfig
+from fdfo.distributed.job import Job
+from fdfo.distributed.machine import StageClock, memory_gib, peak_memory_gib, versions
+from fdfo.distributed.shutdown import Stopped, guarded
+from fdfo.distributed.stages import Stages
+from fdfo.evaluation.health import (
+    EpochScores,
+    check_adapter_moved,
+    check_first_scores,
+    check_ratio,
+    epoch_numbers,
+    gather_scores,
+    relative_change,
+)
+from fdfo.evaluation.heldout import score_held_out
+from fdfo.evaluation.record import best_of, newest_evaluation, record
+from fdfo.evaluation.statistics import mean
+from fdfo.method.draw import draw_held_out
+from fdfo.method.prepare import Run, announce, prepare
+from fdfo.method.rollout import Differences, PairShare, Rollout, sample_share, score_share
+from fdfo.method.update import EpochData, optimizer_step, step_samples
+from fdfo.model.images import one_colour, quantised
+from fdfo.model.memory import fitting_plan
+from fdfo.report.console import launcher, print_epoch, print_evaluation, resume_command
+from fdfo.report.sheets import ShownPair, pair_sheet, save_sheet
+from fdfo.run_folder.find_checkpoint import FRESH, Start
+from fdfo.run_folder.log import evaluation_due
+from fdfo.run_folder.save_checkpoint import point_to_best, prune_checkpoints, save_checkpoint
+from fdfo.storage.prompts import epoch_prompts
+from rewards.scorer import describe
+
+SHOWN_PAIRS = 8  # of a sheet
+
+
+def train(job: Job, config: TrainConfig, start: Start = FRESH) -> Run:
+    """Train until config.num_epochs epochs are done, and return the finished run.
+
+    Raises UserError; raises Stopped, with a checkpoint written, if a signal asks for it.
+    """
+    run = prepare(job, config, start)
+    job.on_main(lambda: point_to_best(run.folder, best_of(run.log, run.held_out)))
+    scorers = run.judges.reward.scorers if run.held_out is None else run.held_out.scorers
+    run.log.write(
+        "start", run.progress.epochs, processes=job.world_size, device=str(job.device), compile_seconds=run.compile_seconds,
+        command=[*launcher(job), *sys.argv], versions=versions(), scorers=describe(scorers),
+    )  # fmt: skip
+    run.plan = fitting_plan(job, config, run.model, run.plan)
+    announce(run)
+    with guarded(job, config.timeout_minutes) as guard:
+        stages = Stages(job, StageClock(job.device), guard)
+        try:
+            evaluate(run, stages)
+            while run.progress.epochs < config.num_epochs:
+                train_epoch(run, stages)
+                evaluate(run, stages)
+        except Stopped as stopped:
+            job.on_main(lambda: save(run))
+            job.print(f"{stopped}; resume with\n  {resume_command(job, config, run.folder)}")
+            run.log.close()
+            raise
+    return run
+
+
+@dataclass
+class Experience:
+    """What a rank's share of an epoch gives the update."""
+
+    rollout: Rollout
+    differences: Differences
+    one_colour: torch.Tensor  # [2P], 1 for an image of one colour
+    shown: list[ShownPair]  # for the sheet of pairs; empty if no evaluation follows the epoch
+
+
+def train_epoch(run: Run, stages: Stages) -> None:
+    """Train one epoch, or the rest of one that was stopped inside its update; then write a checkpoint if one is due."""
+    progress, epoch = run.progress, run.progress.epochs
+    if not progress.steps:
+        progress.epoch_start = run.model.adapter_copy()
+    with run.model.adapter_of(progress.epoch_start):
+        experience = collect(run, stages)
+    update(run, stages, experience)
+    warnings = finish_epoch(run, stages, experience)
+    stop, due = run.config.strict and bool(warnings), evaluated_after(run, progress.epochs)
+    if due:
+        path = run.folder / "samples" / f"pairs-{progress.epochs:07d}.jpg"
+        run.job.on_main(lambda: save_sheet(pair_sheet(experience.shown), path))
+    with stages("checkpoint", epoch + 1):  # after the log, so that a checkpoint never lacks its epoch's line
+        if progress.epochs % run.config.save_freq == 0 or progress.epochs == run.config.num_epochs or due or stop:
+            run.job.on_main(lambda: save(run))
+    if stop:
+        raise strict_stop(run, warnings)
+
+
+def collect(run: Run, stages: Stages) -> Experience:
+    """Sample, decode and score this rank's pairs with the adapter of the epoch's start."""
+    config, model, epoch = run.config, run.model, run.progress.epochs
+    pairs = run.job.share(config.total_pairs_per_epoch)
+    with stages("encode", epoch + 1):
+        prompts = epoch_prompts(run.prompts, epoch, config.total_pairs_per_epoch, config.seed)[pairs.start : pairs.stop]
+        share = PairShare(epoch, pairs, prompts, *model.encode_prompts(prompts, config.sample.guidance_scale))
+    with stages("sample", epoch + 1, total=len(pairs), unit="pairs"):
+        rollout = sample_share(model, config, run.plan, share, stages.progress)
+    with stages("decode", epoch + 1):
+        images = model.decode(rollout.final)
+    with stages("reward", epoch + 1):
+        differences = score_share(rollout, images, run.judges.reward)
+    if run.progress.samples == 0:
+        check_first_scores(gather_scores(run.job, differences.scores))
+    if all(run.job.gather_objects(bool(differences.dropped.all()))):
+        raise UserError(
+            f"No pair of epoch {epoch + 1} has finite images and rewards, so the adapter has broken: resume from an earlier checkpoint "
+            "with a lower --train.learning-rate."
+        )
+    shown = shown_pairs(rollout, differences, images) if evaluated_after(run, epoch + 1) else []
+    return Experience(rollout, differences, one_colour(images), shown)
+
+
+def shown_pairs(rollout: Rollout, differences: Differences, images: torch.Tensor) -> list[ShownPair]:
+    """Return this rank's pairs that differ most in reward, the largest difference first: images [2P, 3, H, W] in [0, 1]."""
+    order = differences.dR[::2].abs().argsort(descending=True, stable=True)[:SHOWN_PAIRS].tolist()
+    shown = quantised(images[[2 * k + i for k in order for i in (0, 1)]])
+    rewards = differences.reward.view(-1, 2).tolist()
+    return [
+        ShownPair(rollout.share.prompts[k], shown[2 * i : 2 * i + 2], (rewards[k][0], rewards[k][1])) for i, k in enumerate(order)
+    ]
+
+
+def update(run: Run, stages: Stages, experience: Experience) -> None:
+    """Take the optimizer steps of the epoch that are not done yet."""
+    learner, job, config = run.learner, run.job, run.config
+    progress, epoch = learner.progress, learner.progress.epochs
+    untrained = learner.model.lora_b() if progress.samples == 0 else None
+    data = EpochData(learner.model, config, run.plan, experience.rollout, experience.differences)
+    steps = step_samples(run.plan, config, epoch, job.share(config.total_pairs_per_epoch))
+    for number, samples in list(enumerate(steps))[len(progress.steps) :]:
+        with stages("update", epoch + 1, number, len(samples.own), "samples"):
+            stats = optimizer_step(job, learner, data, samples, stages.asked)
+        if stats is None:  # a rank was asked to stop
+            stages.guard.enter(f"step {number + 1} of the update of epoch {epoch + 1}")
+        if epoch == run.first_epoch and number == 0:
+            check_ratio(stats.ratio_first, config.precision)
+        if untrained is not None and stats.applied:
+            check_adapter_moved(untrained, learner.model.lora_b())
+            untrained = None
+        progress.steps.append(stats)
+        progress.samples += samples.total
+        run.log.write("step", epoch + 1, step=len(progress.steps), **vars(stats))
+    if not any(step.applied for step in progress.steps):
+        raise UserError(
+            f"No optimizer step of epoch {epoch + 1} had a finite gradient: look at the reward's size, or resume from an earlier "
+            "checkpoint with a lower --train.learning-rate."
+        )
+
+
+def finish_epoch(run: Run, stages: Stages, experience: Experience) -> list[str]:
+    """Count the epoch, log and print it; return the warnings of its health."""
+    progress, job, found = run.progress, run.job, experience.differences
+    extra = {"reward": found.reward, "dropped": found.dropped, "one colour": experience.one_colour}
+    lists = gather_scores(job, found.scores | extra)
+    epoch = EpochScores(
+        reward=lists.pop("reward"), dropped=lists.pop("dropped"), one_colour=lists.pop("one colour"), scores=lists
+    )
+    steps, progress.steps, progress.epochs = progress.steps, [], progress.epochs + 1
+    numbers = epoch_numbers(epoch, steps, relative_change(progress.epoch_start, run.model.adapter_copy()))
+    warnings = job.on_main(
+        lambda: run.health.check(numbers, mean(epoch.dropped), mean(epoch.one_colour), steps)
+    )  # rank 0 alone has read the log of a resumed run
+    seconds = stages.clock.read()
+    memory = {"memory_gib": memory_gib(job.device), "peak_memory_gib": peak_memory_gib(job.device)}
+    run.log.write("epoch", progress.epochs, **numbers, warnings=warnings, seconds=seconds, **memory)
+    print_epoch(job, f"{progress.epochs}/{run.config.num_epochs}", numbers, sum(seconds.values()), warnings)
+    return warnings
+
+
+def evaluated_after(run: Run, epochs: int) -> bool:
+    """Return whether the run evaluates after that many epochs."""
+    return run.held_out is not None and evaluation_due(run.config, epochs)
+
+
+def evaluate(run: Run, stages: Stages) -> None:
+    """Evaluate on the held-out prompts if it is due, unless the log has the evaluation already."""
+    progress, held_out, job = run.progress, run.held_out, run.job
+    epoch = progress.epochs
+    if progress.steps or not evaluated_after(run, epoch):
+        return
+    if job.on_main(lambda: any(line["epoch"] == epoch for line in run.log.evaluations)):
+        return
+    with stages("evaluate", epoch, total=len(held_out.own) * held_out.repeats, unit="images"):
+        images, finite = draw_held_out(run.model, run.config, run.plan, held_out, stages.progress)
+    with stages("evaluate", epoch):
+        evaluation = score_held_out(job, epoch, held_out, images, finite)
+    seconds = stages.clock.take("evaluate")
+    job.on_main(lambda: record(run.log, held_out, evaluation, images[:: held_out.repeats], seconds))
+    line = job.on_main(lambda: newest_evaluation(run.log))
+    if job.is_main:
+        print_evaluation(line)
+    if run.config.strict and line["warnings"]:
+        raise strict_stop(run, line["warnings"])
+
+
+def strict_stop(run: Run, warnings: list[str]) -> UserError:
+    """Return the error that --strict ends with."""
+    return UserError(
+        f"--strict stops after epoch {run.progress.epochs}, with a checkpoint: {'; '.join(warnings)}. Fix that, or resume "
+        f"{run.folder} with --no-strict."
+    )
+
+
+def save(run: Run) -> None:
+    """Write the checkpoint of where the run is, and delete those that are no longer wanted."""
+    save_checkpoint(run.folder, run.config, run.prompts, run.model, run.learner.state())
+    prune_checkpoints(run.folder, run.config.keep_last, run.config.keep_every)

@@ -1,0 +1,205 @@
+"""Finds the checkpoint that a user names, checks that it is intact, and decides how a run starts."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fdfo.config.command_line import check_train_config
+from fdfo.config.errors import UserError
+from fdfo.config.options import check_options, deciding_settings, flat, from_json
+from fdfo.config.train_options import TrainConfig
+from fdfo.model.lora import read_adapter_config
+from fdfo.run_folder.lora_file import LORA_FILE
+from fdfo.storage.atomic_files import read_sealed
+from fdfo.storage.hub import ADAPTER, ADAPTER_CONFIG, check_adapter_files, download_folder
+
+AUTO, BEST = "auto", "best"
+CONFIG = "config.json"
+CFG_IN_NAME = re.compile(r"(no-cfg|cfg[-_](\d+)[.p](\d+))(?=[/_-]|$)")
+CHECKPOINT_NAME = re.compile(r"epoch-(\d{7,})(?:-step-(\d{7,}))?")
+STATE, TENSORS, EPOCH_START = "training_state.json", "training_state.safetensors", "epoch_start.safetensors"
+CARD = "README.md"  # the model card, which is what the hub shows of a folder
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter folder, and its run folder if it lies in one."""
+
+    folder: Path
+    run: Path | None  # the run folder, with a config.json
+
+    @property
+    def run_name(self) -> str:
+        return self.run.name if self.run is not None else self.folder.resolve().parent.name
+
+    @property
+    def label(self) -> str:
+        return f"{self.run_name}/{self.folder.name}"
+
+    @property
+    def resumable(self) -> bool:
+        return self.run is not None and (self.folder / STATE).is_file()
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run starts; decided once. A fresh run has neither field, one from an adapter has a checkpoint alone.
+
+    A resumed run has both. A run that begins again in its own folder, since it has no intact checkpoint, has a folder alone.
+    """
+
+    checkpoint: Checkpoint | None = None  # whose adapter the run starts with
+    run: Path | None = None  # run folder to continue in
+
+    @property
+    def resumed(self) -> bool:
+        return self.checkpoint is not None and self.run is not None
+
+    @property
+    def again(self) -> bool:
+        return self.checkpoint is None and self.run is not None
+
+
+FRESH = Start()
+
+
+def find_start(text: str) -> Start:
+    """Decide how a run starts from the checkpoint that a user names. Raises UserError."""
+    checkpoint = find_checkpoint(text)
+    if checkpoint.run is None and (checkpoint.folder / STATE).is_file():
+        raise UserError(
+            f"{checkpoint.folder} has a training state, but no config.json two folders up: copy the whole run folder, or leave the "
+            "training_state files out to start a new run from the adapter."
+        )
+    return Start(checkpoint, checkpoint.run if checkpoint.resumable else None)
+
+
+def find_auto_start(config: TrainConfig) -> Start:
+    """Find the run that `auto` resumes; print the reason if there is none.
+
+    That run is the folder in --runs-dir with the highest number whose settings are the config's, but for those that do not affect
+    results.
+    """
+    wanted, newest_other = flat(deciding_settings(config)), None
+    for folder in sorted(config.runs_dir.glob("[0-9]" * 5 + "-*"), reverse=True):
+        try:
+            saved = flat(deciding_settings(read_config(folder)))
+        except UserError as error:
+            print(f"warning: {folder.name} is skipped: {error}", flush=True)
+            continue
+        differing = [name for name, value in saved.items() if value != wanted[name]]
+        if not differing:
+            newest = newest_intact(folder)
+            return Start(None if newest is None else Checkpoint(newest, folder), folder)
+        newest_other = newest_other or f"{folder.name} differs in {', '.join(differing)}"
+    if newest_other is not None:
+        print(f"no run in {config.runs_dir} has these settings, so a new one begins ({newest_other})", flush=True)
+    return FRESH
+
+
+def find_checkpoint(text: str) -> Checkpoint:
+    """Find the checkpoint that a user names: a checkpoint folder, a run folder (its newest intact one), or a folder on the hub.
+
+    Hub names are https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER and hf:OWNER/NAME/FOLDER; only that folder's adapter is
+    downloaded. Raises UserError if there is no adapter, or if the training state beside it is damaged.
+    """
+    hub = "://" in text or text.startswith("hf:")
+    folder = download_folder(text) if hub else Path(text)
+    if folder.name == BEST and folder.is_symlink():
+        folder = folder.resolve()
+    if os.path.isdir(folder / "checkpoints"):
+        folder = newest_intact(folder)
+        if folder is None:
+            raise UserError(f"{text} holds no intact checkpoint: start the run anew, or give another folder.")
+    if os.path.isfile(folder / STATE):
+        read_state(folder)
+    check_adapter_files(folder, text)
+    read_adapter_config(folder)
+    parent = folder.resolve().parent
+    in_run = not hub and parent.name == "checkpoints" and (parent.parent / CONFIG).is_file()
+    return Checkpoint(folder, parent.parent if in_run else None)
+
+
+def read_state(folder: Path) -> dict:
+    """Read the training state of a checkpoint folder. Raises UserError unless all of the folder is as it was written."""
+    return read_sealed(folder, STATE, (ADAPTER_CONFIG, ADAPTER, LORA_FILE, CARD, TENSORS, EPOCH_START))
+
+
+def checkpoint_name(epochs: int, steps: int) -> str:
+    """Return the name of the checkpoint after whole epochs, and optimizer steps of the next one if there are any."""
+    return f"epoch-{epochs:07d}" + (f"-step-{steps:07d}" if steps else "")
+
+
+def epochs_and_steps(folder: Path) -> tuple[int, int]:
+    """Return the whole epochs and further optimizer steps in a checkpoint folder's name."""
+    epochs, steps = CHECKPOINT_NAME.fullmatch(folder.name).groups()
+    return int(epochs), int(steps or 0)
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first, intact or not."""
+    found = [path for path in (run / "checkpoints").glob("epoch-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=epochs_and_steps)
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """Return a run's checkpoints after whole epochs, oldest first. Raises UserError if there is none."""
+    found = [folder for folder in all_checkpoints(run) if epochs_and_steps(folder)[1] == 0 and (folder / STATE).is_file()]
+    if not found:
+        raise UserError(f"{run} holds no complete checkpoint yet: start the run anew, or give another folder.")
+    return found
+
+
+def newest_intact(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run that is as it was written; print which ones are skipped."""
+    for folder in reversed(all_checkpoints(run)):
+        try:
+            read_state(folder)
+        except UserError as error:
+            print(f"warning: {folder.name} is skipped: {error}", flush=True)
+        else:
+            return folder
+    return None
+
+
+def read_config(run: Path) -> TrainConfig:
+    """Read a run's config.json, and check every value. Raises UserError."""
+    path = run / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a run's config.json ({error}): restore the file or start a new run.") from error
+    config = from_json(TrainConfig, text, str(path))
+    check_options(config)
+    check_train_config(config)
+    return config
+
+
+def saved_config(checkpoint: Checkpoint | None) -> TrainConfig | None:
+    """Return the config of the run that a checkpoint belongs to, if it is known. Raises UserError."""
+    return None if checkpoint is None or checkpoint.run is None else read_config(checkpoint.run)
+
+
+def trained_guidance(checkpoint: Checkpoint | None) -> float | None:
+    """Return the guidance that an adapter was trained with, if it is known.
+
+    It stands in the run's config, or in the name of a published folder: ...-no-cfg, ...-cfg-4.5.
+    """
+    saved = saved_config(checkpoint)
+    if saved is not None:
+        return saved.sample.guidance_scale
+    if checkpoint is None or not (match := CFG_IN_NAME.search(checkpoint.label)):
+        return None
+    return 1.0 if match[1] == "no-cfg" else float(f"{match[2]}.{match[3]}")
+
+
+def guidance_warning(checkpoint: Checkpoint, used: float, flag: str = "--guidance-scale") -> str | None:
+    """Warn if an adapter is not sampled with the guidance it was trained with (docs/method.md 5). flag: the one that sets it."""
+    trained = trained_guidance(checkpoint)
+    if trained is None or trained == used:
+        return None
+    return (
+        f"warning: {checkpoint.label} was trained with guidance {trained:g} and is sampled with {used:g}: "
+        f"{flag} {trained:g} suits it"
+    )

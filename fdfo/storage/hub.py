@@ -1,0 +1,114 @@
+"""Loads from the Hub or disk: pipelines, adapter folders and prompt sets; turns failures into one-line errors."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+from fdfo.config.errors import UserError, brief
+from fdfo.storage.atomic_files import write_text
+from fdfo.storage.prompts import PROMPT_SETS, load_prompts
+from fdfo.tiny import TINY_MODEL
+
+BUNDLED_MODELS = {"tiny": TINY_MODEL}
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+HPDV2 = "zhwang/HPDv2"
+HPDV2_STYLES, HPDV2_SIZE = ("anime", "concept-art", "paintings", "photo"), 3200
+HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/tree/([\w.-]+)/([\w./-]+?)/?", re.ASCII)
+HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+?)/?", re.ASCII)
+TransportError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)  # httpx's in hub 1, httpx2's in hub 2
+diffusers.utils.logging.disable_progress_bar()  # a bar for every part of every model, on every rank
+transformers.utils.logging.disable_progress_bar()
+
+
+def load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """Load a StableDiffusion3Pipeline from a hub id, a folder or the bundled "tiny", onto the CPU. Raises UserError."""
+    argument = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 42) else "torch_dtype"
+    with hub_errors(name):
+        return StableDiffusion3Pipeline.from_pretrained(
+            str(BUNDLED_MODELS.get(name, name)), use_safetensors=True, **{argument: dtype}
+        )
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn every way in which loading fails into one sentence."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name} is gated: accept its licence on https://huggingface.co/{name} and run `hf auth login`, then start again."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"The hub has no repository {name}, or it is private or gated: check the name, accept its licence, `hf auth login`."
+        ) from error
+    except (OSError, ValueError, TransportError) as error:
+        raise UserError(
+            f"{name} cannot be loaded ({brief(error)}): check the name and the network; for a gated model accept its licence "
+            "and run `hf auth login`; a folder must hold a complete model."
+        ) from error
+
+
+def check_adapter_files(folder: Path, name: object) -> None:
+    """Raise UserError unless the folder, which the user calls name, holds the two files of a PEFT adapter."""
+    if not all(os.path.isfile(folder / file) for file in (ADAPTER_CONFIG, ADAPTER)):
+        raise UserError(
+            f"{str(name)[:300]} holds no adapter: give a folder with {ADAPTER_CONFIG} and {ADAPTER}, such as "
+            "runs/00000-NAME/checkpoints/epoch-0000005, or a run folder."
+        )
+
+
+def download_folder(text: str) -> Path:
+    """Download the adapter in one folder of a hub repository, unless it is cached. Raises UserError."""
+    if match := HUB_URL.fullmatch(text):
+        repository, revision, folder = match.groups()
+    elif match := HUB_SHORT.fullmatch(text):
+        (repository, folder), revision = match.groups(), "main"
+    else:
+        raise UserError(
+            f"{text[:300]!r} is not a folder on the hub: write https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER or hf:OWNER/NAME/FOLDER."
+        )
+    if {"..", ".", ""} & {*repository.split("/"), revision, *folder.split("/")}:
+        raise UserError(f"{text[:300]!r} points outside its repository: give plain names.")
+    with hub_errors(repository):
+        files = [f"{folder}/{name}" for name in (ADAPTER_CONFIG, ADAPTER)]
+        root = snapshot_download(repository, revision=revision, allow_patterns=files)
+    return Path(root) / folder
+
+
+def load_prompt_set(name: str) -> list[str]:
+    """Load the prompts of a set by its name, or of a text file; fetch hpdv2 on its first use. Raises UserError."""
+    return load_prompts(fetch_prompt_set(name))
+
+
+def fetch_prompt_set(name: str) -> str:
+    """Fetch hpdv2 into prompt_sets/ on its first use, whole or not at all; return the name. Raises UserError."""
+    path = PROMPT_SETS / "hpdv2.txt"
+    if name != "hpdv2" or path.is_file():
+        return name
+    prompts = []
+    with hub_errors(f"The prompt set hpdv2 (hub dataset {HPDV2})"):
+        for style in HPDV2_STYLES:
+            file = hf_hub_download(HPDV2, f"benchmark/{style}.json", repo_type="dataset")
+            part = json.loads(Path(file).read_text(encoding="utf-8"))
+            if not isinstance(part, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in part):
+                raise ValueError(f"benchmark/{style}.json is not a list of prompts")
+            prompts += [" ".join(prompt.splitlines()) for prompt in part]  # a line is a prompt
+        if len(prompts) != HPDV2_SIZE:
+            raise ValueError(f"it has {len(prompts)} prompts, {HPDV2_SIZE} were published")
+    try:
+        write_text(path, "\n".join(prompts) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): make the folder writable.") from error
+    return name
