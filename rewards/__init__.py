@@ -1,1 +1,5 @@
-"""Rewards and metrics: one class a scorer, used by training and evaluation alike."""
+"""Rewards and metrics: one file per scorer, and the same class for training and evaluation.
+
+presets.py names the scorers and weighs them, registry.py builds them by name, scorer.py says what a scorer is. It knows no training
+loop; scorers are black boxes that need no gradient.
+"""

@@ -1,4 +1,7 @@
-"""The tiny preset: a small text-to-image model of SD3.5's classes, its world of scenes, and the script that trained it."""
+"""The tiny preset: a small text-to-image model of SD3.5's classes, its world of scenes, and the script that trained it.
+
+scenes.py holds the captions and renders them; pretrain.py makes the weights that lie here. It knows no scorer and no run.
+"""
 
 from pathlib import Path
 
