@@ -243,6 +243,7 @@ def test_adapters_that_cannot_be_exported_are_refused(run_cli, foreign: Path, tm
     key = "base_model.model.transformer_blocks.0.attn.to_v.lora_{}.weight".format
     refused("it sets use_dora", use_dora=True)
     refused("lora_bias", lora_bias=True)
+    refused("is not the configuration of a plain LoRA", alpha_pattern={"[": 3})
     refused("does not have rank 5", r=5)
     refused("does not have rank 4", tensors={name: tensor for name, tensor in state.items() if name != key("A")})
     refused("does not have rank 4", tensors=state | {key("B"): torch.zeros(3)})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,7 +56,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         for name in defaults.keys() & values.keys() - IGNORED - vars(plain).keys():
             if values[name] and values[name] != defaults[name]:
                 raise ValueError(f"it sets {name}, which is more than a plain LoRA needs")
-    except (OSError, ValueError) as error:
+        for pattern in (*plain.rank_pattern, *plain.alpha_pattern):
+            re.compile(pattern)
+    except (OSError, ValueError, re.error) as error:
         if isinstance(error, ValidationError):
             error = f"its {'.'.join(map(str, error.errors()[0]['loc']))} is wrong"
         raise UserError(
