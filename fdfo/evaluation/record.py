@@ -1,6 +1,7 @@
 """Records an evaluation in the run folder: its line of the log, its sample sheet, the link to the best checkpoint, the report."""
 
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fdfo.storage.atomic_files import json_hash
 from rewards.presets import SET_SCORERS
 
 SHOWN_IMAGES = 12  # of a sheet
+REPORT_SECONDS = 20  # between two reports; a run that ends writes its own in any case
 
 
 def record(log: RunLog, held_out: HeldOut, evaluation: Evaluation, images: torch.Tensor, seconds: float) -> None:
@@ -39,7 +41,14 @@ def record(log: RunLog, held_out: HeldOut, evaluation: Evaluation, images: torch
         best=best, warnings=warnings(held_out, evaluations), seconds=seconds,
     )  # fmt: skip
     point_to_best(log.run, best)
-    write_report(log.run)
+    refresh_report(log.run)
+
+
+def refresh_report(run: Path) -> None:
+    """Write the report, unless it is younger than REPORT_SECONDS: drawing it takes a second. Raises UserError."""
+    report = run / "report.html"
+    if not report.exists() or time.time() - report.stat().st_mtime > REPORT_SECONDS:
+        write_report(run)
 
 
 def warnings(held_out: HeldOut, evaluations: list[Evaluation]) -> list[str]:
