@@ -37,7 +37,7 @@ def record(log: RunLog, held_out: HeldOut, evaluation: Evaluation, images: torch
         means={name: summary.mean for name, summary in summaries.items()},
         standard_errors={name: summary.standard_error for name, summary in summaries.items()},
         since=first.epoch,
-        changes={name: asdict(paired_change(first.scores[name], values)) for name, values in evaluation.scores.items()},
+        changes=changes_between(first, evaluation),
         best=best, warnings=warnings(held_out, evaluations), seconds=seconds,
     )  # fmt: skip
     point_to_best(log.run, best)
@@ -64,8 +64,12 @@ def warnings(held_out: HeldOut, evaluations: list[Evaluation]) -> list[str]:
 def newest_evaluation(log: RunLog) -> dict:
     """Return the log's newest line of kind eval, with the changes since the first one, which early versions did not log."""
     first, newest = evaluation_of(log.evaluations[0]), evaluation_of(log.evaluations[-1])
-    changes = {name: asdict(paired_change(first.scores[name], values)) for name, values in newest.scores.items()}
-    return log.evaluations[-1] | {"changes": changes}
+    return log.evaluations[-1] | {"changes": changes_between(first, newest)}
+
+
+def changes_between(first: Evaluation, second: Evaluation) -> dict[str, dict]:
+    """Return the paired change of every score, as the log has it."""
+    return {name: asdict(paired_change(first.scores[name], values)) for name, values in second.scores.items()}
 
 
 def best_of(log: RunLog, held_out: HeldOut | None) -> int | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fdfo.config.command_line import parse_report_config
 from fdfo.distributed.launch import run_command_line
 from fdfo.report.html import write_comparison, write_report
+from fdfo.run_folder.log import LOG
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def watch(run: Path, out: Path) -> None:
 
     The training writes report.html itself, so this page needs another name.
     """
-    log, seen = run / "training_log.jsonl", None
+    log, seen = run / LOG, None
     try:
         while True:
             size = log.stat().st_size if log.exists() else 0
