@@ -15,6 +15,7 @@ from fdfo.config.errors import UserError
 from fdfo.config.plan import plan_images
 from fdfo.config.tool_options import GenerateConfig
 from fdfo.distributed.launch import run_command_line, start_job
+from fdfo.storage.atomic_files import write_bytes
 from fdfo.storage.prompts import load_prompts
 
 # Diffusers and PEFT take seconds to import. They are imported in the function below, so that --help and mistakes answer at once.
@@ -31,7 +32,7 @@ def main() -> None:
 def generate(config: GenerateConfig) -> None:
     """Draw the images and save the sheet. Raises UserError."""
     from fdfo.model.images import draw_images, encode_for_images, load_for_images
-    from fdfo.report.sheets import grid_sheet
+    from fdfo.report.sheets import encoded, grid_sheet
     from fdfo.run_folder.find_checkpoint import find_checkpoint, guidance_warning, saved_config, trained_guidance
     from fdfo.storage.hub import load_prompt_set
 
@@ -52,7 +53,7 @@ def generate(config: GenerateConfig) -> None:
         images = torch.cat(list(draw_images(model, text, rows, seeds, plan.settings)))
     sheet = grid_sheet(prompts, images, config.columns, config.grid_cols, config.grid_rows)
     try:
-        sheet.save(config.out)
+        write_bytes(config.out, encoded(sheet, config.out.suffix))
     except OSError as error:
         raise UserError(f"{config.out} cannot be written ({error}): a large grid needs .png, a full disk needs room.") from error
     print(f"images: {config.out}")

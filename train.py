@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fdfo.config.command_line import check_own_code, flag_value, parse_train_config, timeout_minutes
-from fdfo.config.errors import UserError
+from fdfo.config.errors import UserError, or_warn
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.distributed.launch import check_device, run_command_line, start_job
@@ -50,12 +50,11 @@ def read_command_line(argv: list[str]) -> "tuple[TrainConfig, Start | None]":
 
 def train_and_report(job: Job, config: TrainConfig, start: "Start | None") -> None:
     """Train, and print what it led to."""
-    from fdfo.report.html import write_report
-
     from fdfo.distributed.shutdown import Stopped
     from fdfo.evaluation.record import newest_evaluation
     from fdfo.method.trainer import train
     from fdfo.report.console import print_end
+    from fdfo.report.html import write_report
     from fdfo.run_folder.find_checkpoint import FRESH
 
     try:
@@ -64,7 +63,7 @@ def train_and_report(job: Job, config: TrainConfig, start: "Start | None") -> No
         return
     if job.is_main:
         newest = newest_evaluation(run.log) if run.held_out is not None else None
-        print_end(run.folder, write_report(run.folder), newest)
+        print_end(run.folder, or_warn(lambda: write_report(run.folder)), newest)
     run.log.close()
 
 

@@ -10,7 +10,7 @@ import torch
 from fdfo.config.errors import UserError, brief
 from fdfo.distributed.job import Job
 from rewards.presets import CLIP_SCORERS, REWARD_PRESETS, SCORERS, SET_SCORERS, VLM_SCORERS, VLM_TRAINING_SCORERS
-from rewards.scorer import Offload, Scorer, SetScorer, own_errors
+from rewards.scorer import Offload, Scorer, SetScorer, own_errors, own_habits
 
 
 def reward_weights(preset: str, specs: tuple[str, ...]) -> dict[str, float]:
@@ -56,7 +56,8 @@ def check_scorer_name(name: str) -> None:
 def _own_class(name: str) -> type:
     module_name, _, class_name = name.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
+        with own_habits():
+            return getattr(importlib.import_module(module_name), class_name)
     except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise UserError(
             f"The scorer {name} cannot be imported ({brief(error)}): check MODULE:CLASS and where you start from."

@@ -36,16 +36,28 @@ class SetScorer(Protocol):
 def own_errors(failure: str, advice: str) -> Iterator[None]:
     """Turn whatever a scorer raises inside, but its own UserErrors, into a sentence that begins with the scorer's name."""
     try:
-        yield
+        with own_habits():
+            yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"The scorer {failure} ({reason(error)}): {advice}.") from error
+
+
+@contextlib.contextmanager
+def own_habits() -> Iterator[None]:
+    """Restore afterwards what a scorer may set for the whole process: whether gradients are on, and the default type."""
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
 
 
 def describe(scorers: dict[str, Scorer | SetScorer]) -> dict[str, str]:
     """Return what each scorer is, for logs and tables."""
-    return {name: getattr(scorer, "description", type(scorer).__name__) for name, scorer in scorers.items()}
+    return {name: str(getattr(scorer, "description", type(scorer).__name__)) for name, scorer in scorers.items()}
 
 
 def check_prompts(scorers: dict[str, Scorer | SetScorer], prompts: list[str]) -> None:
@@ -60,30 +72,32 @@ def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.
     """Score with one scorer: [N] float32 on the CPU. Raises UserError if it breaks its contract, or fails twice in a row.
 
     A failure such as a lost connection may pass, so a scorer is tried again once. Not if several ranks share one model: the
-    others would not repeat their part.
+    others would not repeat their part. A scorer of one's own gets copies, so that it cannot change what others score.
     """
-    version = images._version
+
+    def score() -> torch.Tensor:
+        with own_habits():
+            return scorer.score(list(prompts), images.clone()) if ":" in name else scorer.score(prompts, images)
+
     try:
-        values = scorer.score(prompts, images)
+        values = score()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if getattr(getattr(scorer, "vlm", None), "sharded", False):
             raise UserError(f"The scorer {name} failed ({reason(error)}): fix it, then resume.") from error
         print(f"warning: the scorer {name} failed ({reason(error)}) and is tried again", file=sys.stderr, flush=True)
         try:
-            values = scorer.score(prompts, images)
-        except Exception as again:
+            values = score()
+        except (Exception, SystemExit) as again:
             raise UserError(f"The scorer {name} failed twice in a row ({reason(again)}): fix it, then resume.") from again
-    if images._version != version:
-        raise UserError(f"The scorer {name} writes into its images, which others score too: let it work on a copy.")
     if not isinstance(values, torch.Tensor) or values.shape != (len(prompts),):
         got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         raise UserError(f"The scorer {name} returned {got} for {len(prompts)} images: return a tensor with one number each.")
     return values.to("cpu", torch.float32)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return an exception as half a line, with the place that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{brief(error)}, in {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else brief(error)

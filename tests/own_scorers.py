@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -79,8 +80,29 @@ class NoScore:
 
 
 class Paints(Brightness):
+    """Writes into the images, where PyTorch does not see it."""
+
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
-        return super().score(prompts, images.zero_())
+        scores = super().score(prompts, images)
+        images.numpy()[:] = 0
+        prompts.clear()
+        return scores
+
+
+class TurnsGradientsOff(Brightness):
+    """Leaves the process with settings of its own."""
+
+    description = 7
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        return super().score(prompts, images)
+
+
+class Exits(Brightness):
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        sys.exit(0)
 
 
 class FailsOnce(Brightness):

@@ -76,7 +76,7 @@ def test_resume_is_exact_to_the_bit(job: Job, tmp_path: Path):
     straight = train(job, config).folder
     first = train(job, dataclasses.replace(config, runs_dir=tmp_path / "parts", num_epochs=2)).folder
     with (first / "training_log.jsonl").open("a") as file:  # what a run killed in epoch 3 leaves behind
-        file.write(json.dumps({"kind": "step", "epoch": 3, "loss": 0.0}) + "\n" + '{"kind": "st')
+        file.write(json.dumps({"kind": "step", "epoch": 3, "step": 1, "loss": 0.0}) + "\n" + '{"kind": "st')
     second = train(job, dataclasses.replace(config, runs_dir=tmp_path / "parts"), find_start(str(first))).folder
     assert second.resolve() == first.resolve()
     for name in ("adapter_model.safetensors", "training_state.safetensors"):
@@ -257,9 +257,12 @@ def test_a_later_score_that_is_not_finite_drops_its_pair(job: Job, tmp_path: Pat
     assert all(parameter.isfinite().all() for parameter in run.model.trainable())
 
 
-@pytest.mark.parametrize("name,says", [("NeverAgain", "No pair of epoch 2"), ("Huge", "No optimizer step of epoch 1")])
+@pytest.mark.parametrize(
+    "name,says",
+    [("NeverAgain", "In epoch 2 no pair .* own_scorers:NeverAgain gives scores"), ("Huge", "No optimizer step of epoch 1")],
+)
 def test_a_run_that_has_broken_stops(job: Job, tmp_path: Path, name: str, says: str):
-    with pytest.raises(UserError, match=f"{says} .*--train.learning-rate"):
+    with pytest.raises(UserError, match=says):
         train(job, small(tmp_path, num_epochs=3, save_freq=1, reward_specs=(f"own_scorers:{name}=1",)))
 
 

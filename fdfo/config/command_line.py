@@ -14,13 +14,23 @@ from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig
 from fdfo.config.train_options import TrainConfig
 
 T = TypeVar("T", bound=Options)
+MOST_DRAWN, MOST_SCORED = 10_000, 1_000_000  # images of one call of generate.py and of metrics.py, which keeps them all in memory
 
 
 def parse(kind: type[T], argv: Sequence[str], quiet: bool = False, **settings: object) -> T:
     """Parse a command line into options whose values lie within their bounds. Raises UserError for one that does not."""
+    check_no_empty_value(argv)
     options = tyro.cli(kind, args=list(argv), console_outputs=not quiet, **settings)
     check_options(options)
     return options
+
+
+def check_no_empty_value(argv: Sequence[str]) -> None:
+    """Raise UserError for a flag with an empty value, which a shell makes of a variable that is not set. A prompt may be empty."""
+    for before, word in zip(("", *argv), argv, strict=False):
+        flag = before if not word else word[:-1] if word.endswith("=") else ""
+        if flag.startswith("--") and flag != "--prompts":
+            raise UserError(f"{flag} is empty: give it a value, or leave it out.")
 
 
 def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, quiet: bool = False) -> TrainConfig:
@@ -81,6 +91,8 @@ def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
     config = parse(GenerateConfig, argv)
     if config.out.suffix.lower() not in (".jpg", ".jpeg", ".png"):
         raise UserError(f"--out {config.out} is no image file: end it with .jpg or .png.")
+    if config.grid_cols * config.grid_rows * max(1, len(config.prompts)) > MOST_DRAWN:
+        raise UserError(f"--grid-cols x --grid-rows of all prompts is more than {MOST_DRAWN:,} images: lower one of them.")
     if config.prompts and config.prompt_file:
         raise UserError("--prompts and --prompt-file exclude each other: leave one out.")
     return config
@@ -95,6 +107,8 @@ def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsCon
         raise UserError(f"--out {config.out} is no JSON file: end it with .json; a plot goes beside it.")
     if config.per_prompt and config.out is None:
         raise UserError("--per-prompt goes into the JSON file: add --out.")
+    if config.num_prompts * config.num_repeats > MOST_SCORED:
+        raise UserError(f"--num-prompts x --num-repeats is more than {MOST_SCORED:,} images: lower one of them.")
     if config.images is not None:
         check_no_drawing(config)
     return config

@@ -1,4 +1,4 @@
-"""Options: frozen dataclasses whose fields declare their bounds, and whether they may change on a resume."""
+"""Options: frozen dataclasses whose fields declare their bounds, and whether they may change on a resume: one without a mark may not."""
 
 import dataclasses
 import json
@@ -10,11 +10,15 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from fdfo.config.errors import UserError
 
 FREE = "free"  # marks a field that does not affect results, so that it may change on a resume
+CHANGEABLE = "changeable"  # marks a field that affects results and may yet be changed on a resume, which then says so
 T = TypeVar("T", bound="Options")
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]  # a shell makes an empty text of a variable that is not set
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[
+    str, Field(pattern=r'^[^\x00-\x1f\x7f"`<>|]+$')
+]  # of a model, a file or a scorer: it is written into model cards
 
 
 class Options:
@@ -35,9 +39,14 @@ def check_options(options: Options) -> None:
 def _first(error: ValidationError) -> tuple[str, object, str]:
     """Return the flag, the value and the message of the first mistake that pydantic found."""
     first = error.errors()[0]
-    name = ".".join(part for part in first["loc"] if isinstance(part, str))
+    flag = flag_of(".".join(part for part in first["loc"] if isinstance(part, str)))
     message = first["msg"].removeprefix("Input ").removeprefix("String ")
-    return f"--{name.replace('_', '-')}", first["input"], f"it {message}" if message.startswith("should") else message
+    return flag, first["input"], f"it {message}" if message.startswith("should") else message
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a dotted name."""
+    return f"--{name.replace('_', '-')}"
 
 
 def to_dict(options: Options) -> dict:
@@ -62,19 +71,21 @@ def from_json(kind: type[T], text: str, source: str) -> T:
         ) from error
 
 
-def deciding_settings(options: Options) -> dict:
-    """Return, as nested JSON values, the settings that affect results: all but those marked FREE."""
-    return _without_free(type(options), to_dict(options))
+def deciding_settings(options: Options) -> dict[str, object]:
+    """Return, as JSON values by dotted name, the settings that affect results: all but those marked FREE."""
+    free = marked(type(options), FREE)
+    return {name: value for name, value in flat(to_dict(options)).items() if name not in free}
 
 
-def _without_free(kind: type, values: dict) -> dict:
-    hints, kept = typing.get_type_hints(kind, include_extras=True), {}
+def marked(kind: type, mark: str, prefix: str = "") -> set[str]:
+    """Return the dotted names of the fields with a mark."""
+    hints, found = typing.get_type_hints(kind, include_extras=True), set()
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
-            kept[field.name] = _without_free(hints[field.name], values[field.name])
-        elif FREE not in getattr(hints[field.name], "__metadata__", ()):
-            kept[field.name] = values[field.name]
-    return kept
+            found |= marked(hints[field.name], mark, f"{prefix}{field.name}.")
+        elif mark in getattr(hints[field.name], "__metadata__", ()):
+            found.add(prefix + field.name)
+    return found
 
 
 def flat(settings: dict, prefix: str = "") -> dict[str, object]:

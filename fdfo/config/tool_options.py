@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fdfo.config.options import Count, Options, Text
+from fdfo.config.options import Count, Name, Options, Text
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class GenerateConfig(Options):
     """checkpoint folder, run folder, hub URL or hf:OWNER/NAME/FOLDER; the base model if left out"""
     preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
     """base model and image settings, unless the checkpoint's run or a flag gives them"""
-    pretrained_model: str | None = None
+    pretrained_model: Name | None = None
     """hub id or folder of the base model, or tiny"""
     prompts: tuple[str, ...] = ()
     """prompts of your own"""
@@ -57,7 +57,7 @@ class MetricsConfig(Options):
     model if left out"""
     preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
     """base model and image settings, unless the checkpoint's run or a flag gives them"""
-    pretrained_model: str | None = None
+    pretrained_model: Name | None = None
     """hub id or folder of the base model, or tiny"""
     images: Path | None = None
     """score the images of this folder instead of drawing any. Each entry, an image or a sub-folder of images, belongs to one prompt:
@@ -108,7 +108,7 @@ class ExportConfig(Options):
     """with --merge: type of the pipeline's weights; by default fp32 for a run in fp32, else bf16"""
     preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
     """base model, unless the checkpoint's run or a flag gives it"""
-    pretrained_model: str | None = None
+    pretrained_model: Name | None = None
     """hub id or folder of the base model, or tiny"""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fdfo.config.options import FREE, Count, NotNegative, Options, Positive, Text
+from fdfo.config.options import CHANGEABLE, FREE, Count, Name, NotNegative, Options, Positive, Text
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -25,21 +25,21 @@ class SampleConfig(Options):
 
 @dataclass(frozen=True)
 class OptimConfig(Options):
-    learning_rate: Positive = 3e-5
+    learning_rate: Annotated[Positive, CHANGEABLE] = 3e-5
     """AdamW learning rate"""
-    clip_range: Positive = 0.03
+    clip_range: Annotated[Positive, CHANGEABLE] = 0.03
     """eps of the surrogate loss: how far the ratio may move from 1"""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta1: Annotated[float, Field(ge=0, lt=1), CHANGEABLE] = 0.9
     """AdamW beta1"""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_beta2: Annotated[float, Field(ge=0, lt=1), CHANGEABLE] = 0.999
     """AdamW beta2"""
-    adam_weight_decay: NotNegative = 1e-4
+    adam_weight_decay: Annotated[NotNegative, CHANGEABLE] = 1e-4
     """AdamW weight decay"""
-    adam_epsilon: Positive = 1e-8
+    adam_epsilon: Annotated[Positive, CHANGEABLE] = 1e-8
     """AdamW epsilon"""
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Annotated[Positive, CHANGEABLE] = 1.0
     """norm to which the gradient of an optimizer step is clipped"""
-    kl_weight: NotNegative = 0.0
+    kl_weight: Annotated[NotNegative, CHANGEABLE] = 0.0
     """weight of the squared distance to the base model's velocity; 0 means none"""
     batch_size: Annotated[Count | None, FREE] = None
     """samples per micro-batch in training; derived from --max-batch-size if left out"""
@@ -82,7 +82,7 @@ class TrainConfig(Options):
     save_freq: Annotated[Count, FREE] = 5
     """epochs between checkpoints; the last epoch is always saved"""
     keep_last: Annotated[Count | None, FREE] = None
-    """number of newest checkpoints to keep on disk; all if left out"""
+    """number of newest checkpoints to keep on disk, and one more until images were drawn with the newest; all if left out"""
     keep_every: Annotated[Count | None, FREE] = None
     """with --keep-last: also keep every checkpoint whose epoch is a multiple of this"""
     resume_from: Annotated[Text | None, FREE] = None
@@ -110,9 +110,9 @@ class TrainConfig(Options):
     offloaded. A scorer of your own takes part if its attribute `model` is a torch.nn.Module on the GPU"""
     offload_trajectories: Annotated[bool, FREE] = False
     """keep the trajectories of an epoch in host memory"""
-    pretrained_model: str = SD35_MEDIUM
+    pretrained_model: Name = SD35_MEDIUM
     """hub id or folder of the StableDiffusion3Pipeline to train, or tiny for the bundled one"""
-    prompt_set: str = "pickscore_train"
+    prompt_set: Name = "pickscore_train"
     """name in prompt_sets/, or a text file with one prompt per line"""
     total_pairs_per_epoch: Count = 432
     """pairs sampled per epoch by all processes together"""
@@ -122,7 +122,7 @@ class TrainConfig(Options):
     """largest micro-batch: pairs in sampling, samples in training (6, or 13 with 8 or more processes)"""
     reward_preset: str = "combined"
     """weighted set of scorers: pickscore, vlm_alignment, combined, or scene (for the tiny preset)"""
-    reward_specs: tuple[str, ...] = ()
+    reward_specs: tuple[Name, ...] = ()
     """scorers and weights of your own instead of a preset: NAME=WEIGHT or MODULE:CLASS=WEIGHT"""
     log_wandb: Annotated[bool, FREE] = False
     """also log to Weights & Biases"""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job, ToldByMain
+from fdfo.distributed.output import writable_output
 
 
 @contextlib.contextmanager
@@ -51,6 +52,12 @@ def check_device(precision: str, device: torch.device) -> None:
 
 def run_command_line(main: Callable[[], None]) -> None:
     """Run a command line and end the process; a UserError, or a full GPU, becomes one sentence on stderr and exit code 2."""
+    with writable_output():
+        call(main)
+
+
+def call(main: Callable[[], None]) -> None:
+    """Call the main function of a command line, and exit as run_command_line says."""
     try:
         main()
     except (UserError, torch.OutOfMemoryError) as error:

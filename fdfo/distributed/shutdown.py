@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 from fdfo.distributed.job import LOST, Job
@@ -30,42 +29,30 @@ class Guard:
     def __init__(self, job: Job, timeout_minutes: float):
         self.job, self.limit = job, 60 * timeout_minutes
         self.received: str | None = None
-        self.on_terminal = [stream for stream in (sys.__stdout__, sys.__stderr__) if stream.isatty()]
-        self.place, self.seen = "starting", time.monotonic()
+        self.place, self.quiet = "starting", 0.0  # seconds without progress
         self.over = threading.Event()
 
     def handle(self, number: int, frame: object) -> None:
         """Handle a signal: remember it, and do nothing that could break the code that it interrupts."""
-        self.leave_closed_terminal()
         if self.received is None:
             self.received = signal.Signals(number).name
             text = f"{self.received} on rank {self.job.rank}: stopping at the next safe point, with a checkpoint\n"
-            os.write(sys.__stderr__.fileno(), text.encode())
-
-    def leave_closed_terminal(self) -> None:
-        """Send further output nowhere: a failing write would end the run without a checkpoint.
-
-        Processes of torchrun have sessions of their own: if the terminal closes they get torchrun's SIGTERM, not SIGHUP.
-        """
-        for stream in self.on_terminal:
-            if not stream.isatty():
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+            with contextlib.suppress(OSError):  # a closed terminal
+                os.write(2, text.encode())
 
     def enter(self, place: str) -> None:
         """Agree with all ranks whether to continue, and report this one's stage. Raises Stopped on all ranks or on none."""
-        self.place, self.seen = f"the wait before {place}", time.monotonic()
+        self.place, self.quiet = f"the wait before {place}", 0.0
         self.job.report_stage(f"in {self.place}")
         asked = [f"{name} on rank {rank}" for rank, name in enumerate(self.job.gather_objects(self.received)) if name]
         if asked:
             raise Stopped(f"{asked[0]}, stopped before {place}")
-        self.place, self.seen = place, time.monotonic()
+        self.place, self.quiet = place, 0.0
         self.job.report_stage(f"in {place}")
 
     def asked(self) -> bool:
         """Note progress; return whether this rank was asked to stop."""
-        self.seen = time.monotonic()
+        self.quiet = 0.0
         return self.received is not None
 
     def progress(self) -> None:
@@ -74,9 +61,14 @@ class Guard:
             raise LeaveStage
 
     def watch(self) -> None:
-        """End the process once it has made no progress for too long. Runs in a thread of its own."""
-        while not self.over.wait(min(1.0, self.limit / 4)):
-            if time.monotonic() - self.seen > self.limit:
+        """End the process once it has made no progress for too long. Runs in a thread of its own.
+
+        It counts its own ticks: a clock would also count the time that the process is stopped by Ctrl-Z.
+        """
+        tick = min(1.0, self.limit / 4)
+        while not self.over.wait(tick):
+            self.quiet += tick
+            if self.quiet > self.limit:
                 stages = self.job.last_stages()
                 print(
                     f"error: rank {self.job.rank} made no progress for {self.limit / 60:g} minutes in {self.place}"

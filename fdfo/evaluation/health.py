@@ -133,6 +133,34 @@ def check_first_scores(scores: Mapping[str, Sequence[float]]) -> None:
             raise UserError(f"The scorer {name} gave all {len(kept)} images the same score {kept[0]}: fix the scorer.")
 
 
+def check_pairs_left(job: Job, epoch: int, dropped: torch.Tensor, finite: torch.Tensor, scores: dict[str, torch.Tensor]) -> None:
+    """Raise UserError if no pair of the job has finite images and rewards; it names the scorer where one is to blame.
+
+    dropped, finite: [2P] bool, this rank's dropped branches and finite images; scores: [2P] each.
+    """
+    if not all(job.gather_objects(bool(dropped.all()))):
+        return
+    failing = {name for name, values in scores.items() if not values[finite].isfinite().all()}
+    if failing := set().union(*job.gather_objects(failing)):
+        raise UserError(
+            f"In epoch {epoch} no pair has finite rewards, though there are finite images: {' and '.join(sorted(failing))} gives scores "
+            "that are not finite; fix the scorer, then resume."
+        )
+    raise UserError(
+        f"No pair of epoch {epoch} has finite images, so the adapter has broken: resume from an earlier checkpoint with a lower "
+        "--train.learning-rate."
+    )
+
+
+def check_images_left(job: Job, epoch: int, finite: torch.Tensor) -> None:
+    """Raise UserError if no held-out image of the job is finite. finite [N] bool: this rank's."""
+    if not any(job.gather_objects(bool(finite.any()))):
+        raise UserError(
+            f"No held-out image is finite after epoch {epoch}, so the adapter has broken: resume from an earlier checkpoint with a lower "
+            "--train.learning-rate."
+        )
+
+
 def check_ratio(ratio: float, precision: str) -> None:
     """Raise UserError if sampling and training see different velocities: at unchanged weights the ratio is 1 (docs/method.md 4)."""
     if not abs(ratio - 1) <= RATIO_TOLERANCE[precision]:

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from fdfo.config.errors import UserError
+from fdfo.report.sheets import encoded, to_pil
+from fdfo.storage.atomic_files import write_bytes
 from fdfo.storage.hub import load_prompt_set
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -60,9 +62,12 @@ def is_image(path: Path) -> bool:
 
 
 def read_image(path: Path) -> torch.Tensor | None:
-    """Read an image -> [3, H, W] uint8, or None for a file that is damaged or no image."""
+    """Read an image -> [3, H, W] uint8, or None for a file that is damaged or no image. 16 bits become 8 by their scale."""
     try:
         with Image.open(path) as image:
+            if image.mode in ("I", "I;16", "I;16B"):  # Pillow would cut all above 255
+                grey = (np.array(image) / 257).round().astype(np.uint8)
+                return torch.from_numpy(grey).expand(3, *grey.shape)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damaged files
         return None
@@ -104,6 +109,6 @@ def save_image(folder: Path, number: int, repeat: int, image: torch.Tensor) -> N
     path = folder / f"{number:06d}" / f"{repeat}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        write_bytes(path, encoded(to_pil(image), path.suffix))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): make room or give another --save-images.") from error

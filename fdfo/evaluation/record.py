@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from fdfo.config.errors import or_warn
 from fdfo.evaluation.best_checkpoint import best_epoch, diversity_warnings, hacking_warnings
 from fdfo.evaluation.heldout import HeldOut
-from fdfo.evaluation.statistics import REWARD, Evaluation, evaluation_of, paired_change, summarise
+from fdfo.evaluation.statistics import REWARD, Evaluation, evaluation_of, paired_change, score_warning, summarise
 from fdfo.report.html import write_report
 from fdfo.report.sheets import grid_sheet, save_sheet
 from fdfo.run_folder.find_checkpoint import all_checkpoints, epochs_and_steps
@@ -26,7 +27,7 @@ def record(log: RunLog, held_out: HeldOut, evaluation: Evaluation, images: torch
     """Record an evaluation. images [P, 3, H, W] uint8: one per prompt, of at least the first prompts. Raises UserError."""
     shown = min(SHOWN_IMAGES, len(images))
     sheet = grid_sheet(held_out.prompts[:shown], images[:shown], columns=4, cols=1, rows=1)
-    save_sheet(sheet, log.run / "samples" / f"epoch-{evaluation.epoch:07d}.jpg")
+    or_warn(lambda: save_sheet(sheet, log.run / "samples" / f"epoch-{evaluation.epoch:07d}.jpg"))
     evaluations = [*map(evaluation_of, log.evaluations), evaluation]
     first = evaluations[0]
     summaries = {name: summarise(values) for name, values in evaluation.scores.items()}
@@ -45,10 +46,10 @@ def record(log: RunLog, held_out: HeldOut, evaluation: Evaluation, images: torch
 
 
 def refresh_report(run: Path) -> None:
-    """Write the report, unless it is younger than REPORT_SECONDS: drawing it takes a second. Raises UserError."""
+    """Write the report, unless it is younger than REPORT_SECONDS: drawing it takes a second."""
     report = run / "report.html"
     if not report.exists() or time.time() - report.stat().st_mtime > REPORT_SECONDS:
-        write_report(run)
+        or_warn(lambda: write_report(run))
 
 
 def warnings(held_out: HeldOut, evaluations: list[Evaluation]) -> list[str]:
@@ -56,6 +57,7 @@ def warnings(held_out: HeldOut, evaluations: list[Evaluation]) -> list[str]:
     diversities = [name for name in held_out.metrics if name in SET_SCORERS]
     found = hacking_warnings(evaluations, [name for name in held_out.metrics if name not in SET_SCORERS])
     found += diversity_warnings(evaluations, diversities, held_out.least_diversity)
+    found += filter(None, (score_warning(name, values) for name, values in evaluations[-1].scores.items()))
     if broken := sum(not math.isfinite(value) for value in evaluations[-1].scores[REWARD]):
         found.append(f"{broken} of {len(held_out.prompts)} held-out prompts have no reward: an image or a score is not finite")
     return found

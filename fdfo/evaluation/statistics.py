@@ -56,6 +56,18 @@ def paired_change(before: Sequence[float], after: Sequence[float]) -> Change:
     return Change(first, second, second - first, standard_error([b - a for a, b in pairs]), len(pairs))
 
 
+def score_warning(name: str, values: Sequence[float]) -> str | None:
+    """Return a sentence on scores that say nothing about the images, or None. values: one for each of several images or prompts."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return f"{name} gave no image a finite score"
+    return (
+        f"{name} gave all images the same score {finite[0]:g}, so it says nothing"
+        if len(finite) > 1 and len({*finite}) == 1
+        else None
+    )
+
+
 def mean(values: Sequence[float]) -> float:
     """Return the mean; NaN of nothing."""
     return sum(values) / len(values) if values else math.nan

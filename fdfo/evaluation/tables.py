@@ -1,13 +1,14 @@
 """Shows what metrics.py found: means and standard errors as a table, as JSON and as a plot over epochs."""
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from fdfo.config.errors import UserError
-from fdfo.evaluation.statistics import paired_change, prompt_means, summarise
+from fdfo.evaluation.statistics import paired_change, prompt_means, score_warning, summarise
 from fdfo.run_folder.log import as_json
-from fdfo.storage.atomic_files import write_text
+from fdfo.storage.atomic_files import write_bytes, write_text
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def warnings(result: Result) -> list[str]:
             lines.append(
                 f"{metric}: {summary.left_out} of {len(scores)} prompts of {result.label} have no finite score and are left out"
             )
-        if len({value for values in scores for value in values}) == 1 and sum(map(len, scores)) > 1:
-            lines.append(f"{metric}: all images of {result.label} got the same score, so it says nothing about them")
+        if said := score_warning(metric, [value for values in scores for value in values]):
+            lines.append(f"{result.label}: {said}")
     return lines
 
 
@@ -114,7 +115,9 @@ def plot(path: Path, results: list[Result]) -> None:
     for panel in axes[len(metrics) :]:
         panel.set_axis_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
     try:
-        figure.savefig(path, dpi=150)
+        write_bytes(path, content.getvalue())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another --out.") from error

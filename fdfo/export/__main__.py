@@ -81,6 +81,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as folder:
             yield folder
     except (OSError, SafetensorError) as error:

@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 
 from fdfo.config.errors import UserError
+from fdfo.config.options import flag_of
 from fdfo.config.plan import BatchPlan, plan_batches
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.distributed.launch import check_device
 from fdfo.evaluation.health import Health
 from fdfo.evaluation.heldout import HeldOut, PromptSplit, prepare_held_out, split_prompts
+from fdfo.evaluation.statistics import REWARD
 from fdfo.method.learner import Learner, Progress
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.memory import expected_memory
-from fdfo.run_folder.find_checkpoint import AUTO, Checkpoint, Start, guidance_warning, read_config
+from fdfo.run_folder.find_checkpoint import AUTO, Checkpoint, Start, guidance_warning
 from fdfo.run_folder.folder import (
-    check_same_prompts,
+    check_log,
     check_writable,
     claim,
     create_run_folder,
@@ -26,7 +28,8 @@ from fdfo.run_folder.folder import (
     reopen_run_folder,
 )
 from fdfo.run_folder.log import RunLog
-from fdfo.run_folder.save_checkpoint import check_resume, damaged, load_checkpoint
+from fdfo.run_folder.save_checkpoint import TrainingState, changed_settings, damaged, load_checkpoint
+from fdfo.storage.atomic_files import json_hash
 from rewards.presets import VLM_SCORERS, VLM_TRAINING_SCORERS
 from rewards.registry import VlmSettings, build_scorers, check_scorer_name, reward_weights
 from rewards.scorer import Judges, WeightedReward, check_prompts
@@ -46,6 +49,7 @@ class Run:
     judges: Judges
     held_out: HeldOut | None
     health: Health
+    changed: dict[str, tuple[object, object]]  # settings that a resume has changed: before and now, by dotted name
     first_epoch: int  # index of the first epoch that this process does from its start
     compile_seconds: float | None  # None if nothing is compiled
 
@@ -67,38 +71,50 @@ def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     for metric in config.eval_metrics if split.held_out else ():
         check_scorer_name(metric)
     check_writable(start.run or config.runs_dir)
+    state, changed = None, {}
     if start.resumed:
-        check_resume(config, read_config(start.run))
+        state = load_checkpoint(start.checkpoint)
+        changed = changed_settings(config, start.run, state)
     if start.run is not None:
-        job.on_main(lambda: check_same_prompts(start.run, split.held_out))
+        names = {REWARD, *weights, *config.eval_metrics}
+        job.on_main(lambda: check_log(start.run, config, state, split.held_out, names))
+    if state is not None:
+        job.on_main(lambda: check_remaining(config, start, state, split))
     model = load_model(job, config, start.checkpoint)
     compile_seconds = accelerate(job, config, plan, model)
     learner = Learner.start(model, config)
-    if start.resumed:
-        restore(job, config, start, split, learner)
+    if state is not None:
+        restore(learner, start, state)
     judges = build_judges(job, config, weights, split)
     held_out = prepare_held_out(job, config, model, split.held_out, judges)
     progress = learner.progress
-    folder = open_folder(job, config, start, (progress.epochs, len(progress.steps)))
-    log = RunLog(folder, config, (progress.epochs, len(progress.steps)), job.is_main)
+    reached = (progress.epochs, len(progress.steps))
+    folder = open_folder(job, config, start, reached, changed)
+    log = RunLog(folder, config, reached, job.is_main)
     health = Health(config.precision, log.gradient_norms)
     first_epoch = progress.epochs + (1 if progress.steps else 0)
     return Run(
-        job, config, folder, log, plan, split.training, learner, judges, held_out, health, first_epoch, compile_seconds,
+        job, config, folder, log, plan, split.training, learner, judges, held_out, health, changed, first_epoch, compile_seconds,
     )  # fmt: skip
 
 
-def restore(job: Job, config: TrainConfig, start: Start, split: PromptSplit, learner: Learner) -> None:
-    """Restore the learner of a run to resume. Raises UserError if its state does not fit, or if nothing is left to do."""
-    checkpoint = start.checkpoint
+def check_remaining(config: TrainConfig, start: Start, state: TrainingState, split: PromptSplit) -> None:
+    """Raise UserError if a run to resume was trained on other prompts, or if nothing is left to do."""
+    if state.prompts != json_hash(split.training):  # the order of prompts depends on their place in the set
+        raise UserError(
+            f"The prompts to train on are not those of {start.checkpoint.folder}: restore the prompt file, or start a new run."
+        )
+    done = state.epochs == config.num_epochs and (not split.held_out or state.epochs in evaluated_epochs(start.run))
+    if state.epochs > config.num_epochs or (done and config.resume_from != AUTO):
+        raise UserError(f"{start.run} has {state.epochs} epochs already: give a larger --num-epochs to continue.")
+
+
+def restore(learner: Learner, start: Start, state: TrainingState) -> None:
+    """Restore the learner of a run to resume. Raises UserError if its state does not fit."""
     try:
-        learner.restore(load_checkpoint(checkpoint, config, split.training))
+        learner.restore(state)
     except (KeyError, TypeError, ValueError) as error:
-        raise error if isinstance(error, UserError) else damaged(checkpoint, error) from error
-    epochs = learner.progress.epochs
-    done = epochs == config.num_epochs and (not split.held_out or epochs in job.on_main(lambda: evaluated_epochs(start.run)))
-    if epochs > config.num_epochs or (done and config.resume_from != AUTO):
-        raise UserError(f"{start.run} has {epochs} epochs already: give a larger --num-epochs to continue.")
+        raise damaged(start.checkpoint, error) from error
 
 
 def build_judges(job: Job, config: TrainConfig, weights: dict[str, float], split: PromptSplit) -> Judges:
@@ -118,8 +134,11 @@ def build_judges(job: Job, config: TrainConfig, weights: dict[str, float], split
     return judges
 
 
-def open_folder(job: Job, config: TrainConfig, start: Start, reached: tuple[int, int]) -> Path:
-    """Create the run folder, or open the one to continue in; print which. reached: whole epochs and further optimizer steps."""
+def open_folder(job: Job, config: TrainConfig, start: Start, reached: tuple[int, int], changed: dict) -> Path:
+    """Create the run folder, or open the one to continue in; print which, and what has changed.
+
+    reached: whole epochs and further optimizer steps.
+    """
     if start.run is None:
         if start.checkpoint is not None:
             job.print(f"{start.checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
@@ -127,12 +146,14 @@ def open_folder(job: Job, config: TrainConfig, start: Start, reached: tuple[int,
         job.on_main(lambda: claim(folder))
         return folder
     job.on_main(lambda: claim(start.run))
-    job.on_main(lambda: reopen_run_folder(start.run, config, (-1, 0) if start.again else reached))
+    job.on_main(lambda: reopen_run_folder(start.run, config, (-1, 0) if start.again else reached, bool(changed)))
     if start.again:
         job.print(f"{start.run} has no intact checkpoint: beginning again in it")
     else:
         steps = f" and {reached[1]} optimizer steps of the next" if reached[1] else ""
         job.print(f"resuming {start.run} after epoch {reached[0]}{steps}")
+    for name, (before, now) in changed.items():
+        job.print(f"changed from here on: {flag_of(name)} is {now}, it was {before}")
     return start.run
 
 

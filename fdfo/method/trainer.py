@@ -1,11 +1,13 @@
 """The training loop, one stage after the other (docs/method.md 2 to 4)."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from fdfo.config.errors import UserError
+from fdfo.config.errors import UserError, or_warn
+from fdfo.config.options import deciding_settings
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.distributed.machine import StageClock, memory_gib, peak_memory_gib, versions
@@ -15,6 +17,8 @@ from fdfo.evaluation.health import (
     EpochScores,
     check_adapter_moved,
     check_first_scores,
+    check_images_left,
+    check_pairs_left,
     check_ratio,
     epoch_numbers,
     gather_scores,
@@ -27,13 +31,14 @@ from fdfo.method.draw import draw_held_out
 from fdfo.method.prepare import Run, announce, prepare
 from fdfo.method.rollout import Differences, PairShare, Rollout, sample_share, score_share
 from fdfo.method.update import EpochData, optimizer_step, step_samples
-from fdfo.model.images import one_colour, quantised
+from fdfo.model.images import finite_rows, one_colour, quantised
 from fdfo.model.memory import fitting_plan
 from fdfo.report.console import launcher, print_epoch, print_evaluation, resume_command
 from fdfo.report.sheets import ShownPair, pair_sheet, save_sheet
 from fdfo.run_folder.find_checkpoint import FRESH, Start
 from fdfo.run_folder.log import evaluation_due
 from fdfo.run_folder.save_checkpoint import point_to_best, prune_checkpoints, save_checkpoint
+from fdfo.storage.atomic_files import json_hash
 from fdfo.storage.prompts import epoch_prompts
 from rewards.scorer import describe
 
@@ -50,7 +55,7 @@ def train(job: Job, config: TrainConfig, start: Start = FRESH) -> Run:
     scorers = run.judges.reward.scorers if run.held_out is None else run.held_out.scorers
     run.log.write(
         "start", run.progress.epochs, processes=job.world_size, device=str(job.device), compile_seconds=run.compile_seconds,
-        command=[*launcher(job), *sys.argv], versions=versions(), scorers=describe(scorers),
+        command=[*launcher(job), *sys.argv], versions=versions(), scorers=describe(scorers), changed=run.changed,
     )  # fmt: skip
     run.plan = fitting_plan(job, config, run.model, run.plan)
     announce(run)
@@ -86,12 +91,13 @@ def train_epoch(run: Run, stages: Stages) -> None:
         progress.epoch_start = run.model.adapter_copy()
     with run.model.adapter_of(progress.epoch_start):
         experience = collect(run, stages)
+    run.job.on_main(lambda: prune(run))  # the newest checkpoint has shown that it draws images
     update(run, stages, experience)
     warnings = finish_epoch(run, stages, experience)
     stop, due = run.config.strict and bool(warnings), evaluated_after(run, progress.epochs)
     if due:
         path = run.folder / "samples" / f"pairs-{progress.epochs:07d}.jpg"
-        run.job.on_main(lambda: save_sheet(pair_sheet(experience.shown), path))
+        run.job.on_main(lambda: or_warn(lambda: save_sheet(pair_sheet(experience.shown), path)))
     with stages("checkpoint", epoch + 1):  # after the log, so that a checkpoint never lacks its epoch's line
         if progress.epochs % run.config.save_freq == 0 or progress.epochs == run.config.num_epochs or due or stop:
             run.job.on_main(lambda: save(run))
@@ -114,11 +120,7 @@ def collect(run: Run, stages: Stages) -> Experience:
         differences = score_share(rollout, images, run.judges.reward)
     if run.progress.samples == 0:
         check_first_scores(gather_scores(run.job, differences.scores))
-    if all(run.job.gather_objects(bool(differences.dropped.all()))):
-        raise UserError(
-            f"No pair of epoch {epoch + 1} has finite images and rewards, so the adapter has broken: resume from an earlier checkpoint "
-            "with a lower --train.learning-rate."
-        )
+    check_pairs_left(run.job, epoch + 1, differences.dropped, finite_rows(images), differences.scores)
     shown = shown_pairs(rollout, differences, images) if evaluated_after(run, epoch + 1) else []
     return Experience(rollout, differences, one_colour(images), shown)
 
@@ -197,6 +199,8 @@ def evaluate(run: Run, stages: Stages) -> None:
         images, finite = draw_held_out(run.model, run.config, run.plan, held_out, stages.progress)
     with stages("evaluate", epoch):
         evaluation = score_held_out(job, epoch, held_out, images, finite)
+    check_images_left(job, epoch, finite)
+    job.on_main(lambda: prune(run))
     seconds = stages.clock.take("evaluate")
     job.on_main(lambda: record(run.log, held_out, evaluation, images[:: held_out.repeats], seconds))
     line = job.on_main(lambda: newest_evaluation(run.log))
@@ -215,6 +219,19 @@ def strict_stop(run: Run, warnings: list[str]) -> UserError:
 
 
 def save(run: Run) -> None:
-    """Write the checkpoint of where the run is, and delete those that are no longer wanted."""
-    save_checkpoint(run.folder, run.config, run.prompts, run.model, run.learner.state())
+    """Write the checkpoint of where the run is. Raises UserError if its weights are not finite."""
+    if not all(parameter.isfinite().all() for parameter in run.model.trainable()):
+        raise UserError(
+            f"The adapter's weights are not finite in epoch {run.progress.epochs + 1}, so no checkpoint of it is written: resume "
+            f"{run.folder} with a lower --train.learning-rate."
+        )
+    state = dataclasses.replace(
+        run.learner.state(), settings=deciding_settings(run.config), prompts=json_hash(run.prompts),
+        evaluated=[line["epoch"] for line in run.log.evaluations],
+    )  # fmt: skip
+    save_checkpoint(run.folder, run.config, run.model, state)
+
+
+def prune(run: Run) -> None:
+    """Delete the checkpoints that are no longer wanted. Called once images were drawn with the newest one."""
     prune_checkpoints(run.folder, run.config.keep_last, run.config.keep_every)

@@ -37,9 +37,11 @@ def print_evaluation(line: Mapping[str, object]) -> None:
         print(f"warning: evaluation after epoch {epoch}: {warning}", flush=True)
 
 
-def print_end(run: Path, report: Path, newest: Mapping[str, object] | None) -> None:
+def print_end(run: Path, report: Path | None, newest: Mapping[str, object] | None) -> None:
     """Print where everything is, and what the run has changed on held-out prompts. newest: line of the last evaluation."""
-    print(f"run: {run}\nlog: {run / 'training_log.jsonl'}\nreport: {report}")
+    print(f"run: {run}\nlog: {run / 'training_log.jsonl'}")
+    if report is not None:
+        print(f"report: {report}")
     if newest is None:
         return
     print(f"samples: {run / 'samples'}")

@@ -156,7 +156,7 @@ def start_of(line: dict) -> tuple[str, str, Table]:
     title = f"Continued after epoch {line['epoch']}" if line["epoch"] else "Started"
     facts: dict[str, object] = {}
     for name, value in line.items():
-        if value is not None and name not in ("kind", "epoch", "command"):
+        if value is not None and name not in ("kind", "epoch", "command", "changed"):
             facts |= value if isinstance(value, dict) else {name.replace("_", " "): value}
     rows = [[name, str(value)] for name, value in facts.items()]
     return title, shlex.join(map(str, line.get("command", []))), Table(["Versions and scorers", ""], rows, True)

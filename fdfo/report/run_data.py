@@ -8,14 +8,22 @@ from functools import cached_property
 from pathlib import Path
 
 from fdfo.config.errors import UserError
-from fdfo.config.options import flat, to_dict
+from fdfo.config.options import flag_of, flat, to_dict
 from fdfo.config.presets import PRESETS
 from fdfo.run_folder.find_checkpoint import CONFIG
 from fdfo.run_folder.log import LOG, read_log
 from fdfo.storage.atomic_files import read_json
 
 MOST_SHEETS = 40  # of each kind that a page holds
-TYPES = {"means": dict, "standard_errors": dict, "changes": dict, "held_out": list, "warnings": list, "command": list}
+TYPES = {
+    "means": dict,
+    "standard_errors": dict,
+    "changes": dict,
+    "held_out": list,
+    "warnings": list,
+    "command": list,
+    "changed": dict,
+}
 EPOCH_TYPES = TYPES | {"scores": dict, "seconds": dict}  # in an evaluation's line seconds is one number
 
 
@@ -35,6 +43,7 @@ class Run:
         except (OSError, ValueError) as error:
             self.notes.append(f"config.json cannot be read ({error}), so the settings are missing here.")
         self.epochs, self.evals, self.starts = (self.kind(kind) for kind in ("epoch", "eval", "start"))
+        self.notes += [note for line in self.starts for note in changes_of(line)]
         self.unseen = {str(name) for line in self.evals for name in line.get("held_out", [])}  # scorers not trained on
         best = [line["best"] for line in self.evals if number(line.get("best")) is not None][-1:]
         self.best = next((line for line in self.evals if [line["epoch"]] == best), None)
@@ -65,6 +74,12 @@ class Run:
         means = [line.get("means", {}) for line in self.evals]
         names = (name for name in self.metrics if name != "reward")
         return next((name for name in names if all(mean.get(name) == mean.get("reward") for mean in means)), None)
+
+
+def changes_of(line: dict) -> list[str]:
+    """Return a sentence for every setting that a start of the run has changed."""
+    pairs = [(name, pair) for name, pair in line.get("changed", {}).items() if isinstance(pair, list) and len(pair) == 2]
+    return [f"From epoch {line['epoch'] + 1} on {flag_of(name)} is {now}; it was {before}." for name, (before, now) in pairs]
 
 
 def number(value: object) -> float | None:

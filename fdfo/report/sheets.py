@@ -1,5 +1,6 @@
 """Makes sheets of images with their captions."""
 
+import io
 import math
 import textwrap
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fdfo.config.errors import UserError
-from fdfo.storage.atomic_files import atomic_file
+from fdfo.storage.atomic_files import write_bytes
 
 BETTER = "#2a9d4a"  # frame of a pair's better image
 MOST_LINES = 12  # of a caption
@@ -91,11 +92,20 @@ def pair_sheet(pairs: list[ShownPair], columns: int = 4, size: int = 160) -> Ima
     return sheet
 
 
+def encoded(image: Image.Image, suffix: str) -> bytes:
+    """Return the content of an image's file: .jpg, .jpeg or .png. Raises OSError for an image too large for its format.
+
+    Pillow does not see that a disk is full while it writes a file of its own.
+    """
+    content = io.BytesIO()
+    image.save(content, format="PNG" if suffix.lower() == ".png" else "JPEG", quality=90)
+    return content.getvalue()
+
+
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Write a sheet of a run, whole or not at all. Raises UserError."""
     try:
         path.parent.mkdir(exist_ok=True)
-        with atomic_file(path) as partial:
-            sheet.save(partial, format="JPEG", quality=90)
+        write_bytes(path, encoded(sheet, path.suffix))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): make room, then resume.") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fdfo.config.command_line import check_train_config
 from fdfo.config.errors import UserError
-from fdfo.config.options import check_options, deciding_settings, flat, from_json
+from fdfo.config.options import check_options, deciding_settings, from_json
 from fdfo.config.train_options import TrainConfig
 from fdfo.model.lora import read_adapter_config
 from fdfo.run_folder.lora_file import LORA_FILE
@@ -81,10 +81,10 @@ def find_auto_start(config: TrainConfig) -> Start:
     That run is the folder in --runs-dir with the highest number whose settings are the config's, but for those that do not affect
     results.
     """
-    wanted, newest_other = flat(deciding_settings(config)), None
+    wanted, newest_other = deciding_settings(config), None
     for folder in sorted(config.runs_dir.glob("[0-9]" * 5 + "-*"), reverse=True):
         try:
-            saved = flat(deciding_settings(read_config(folder)))
+            saved = deciding_settings(read_config(folder))
         except UserError as error:
             print(f"warning: {folder.name} is skipped: {error}", flush=True)
             continue
@@ -144,8 +144,12 @@ def all_checkpoints(run: Path) -> list[Path]:
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """Return a run's checkpoints after whole epochs, oldest first. Raises UserError if there is none."""
-    found = [folder for folder in all_checkpoints(run) if epochs_and_steps(folder)[1] == 0 and (folder / STATE).is_file()]
+    """Return a run's checkpoints after whole epochs, oldest first; print which are skipped. Raises UserError if there is none."""
+    whole = [folder for folder in all_checkpoints(run) if epochs_and_steps(folder)[1] == 0]
+    found = [folder for folder in whole if (folder / STATE).is_file()]
+    for folder in whole:
+        if folder not in found:
+            print(f"warning: {folder.name} is skipped: it has no {STATE}", flush=True)
     if not found:
         raise UserError(f"{run} holds no complete checkpoint yet: start the run anew, or give another folder.")
     return found

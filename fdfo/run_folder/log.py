@@ -5,6 +5,10 @@ import math
 import os
 import secrets
 from pathlib import Path
+from typing import NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from fdfo.config.errors import UserError
 from fdfo.config.options import to_dict
@@ -27,12 +31,14 @@ class RunLog:
         self.evaluations: list[dict] = []  # lines of kind eval so far
         if not main:
             return
-        if self.path.exists():
-            lines = [line for line in read_intact_log(run) if is_kept(line, reached, config)]
+        lines = [line for line in read_intact_log(run) if is_kept(line, reached, config)]
+        try:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-            self.evaluations = [line for line in lines if line["kind"] == "eval"]
-            norms = [line.get("grad_norm") for line in lines if line["kind"] == "step"]
-            self.gradient_norms = [norm for norm in norms if norm is not None]  # null: a norm that was not finite
+        except OSError as error:
+            raise self.unwritable(error) from error
+        self.evaluations = [line for line in lines if line["kind"] == "eval"]
+        norms = [line.get("grad_norm") for line in lines if line["kind"] == "step"]
+        self.gradient_norms = [norm for norm in norms if norm is not None]  # null: a norm that was not finite
         if config.log_wandb:
             self.wandb = start_wandb(run, config)
 
@@ -42,17 +48,22 @@ class RunLog:
             return
         line = {"kind": kind, "epoch": epoch} | {name: as_json(value) for name, value in values.items()}
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("r+", encoding="utf-8") as file:  # which does not make it anew in a folder that was removed
+                file.seek(0, os.SEEK_END)
                 file.write(json.dumps(line, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint never lacks the lines before it
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}): make room, then resume.") from error
+            raise self.unwritable(error) from error
         if kind == "eval":
             self.evaluations.append(line)
             values = {name: value for name, value in values.items() if name not in ("scores", "prompt_sum", "changes", "since")}
         if self.wandb is not None:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"epoch": epoch})
+
+    def unwritable(self, error: OSError) -> UserError:
+        """Return the error for a log that cannot be written."""
+        return UserError(f"{self.path} cannot be written ({error.strerror}): make room, or restore the folder; then resume.")
 
     def close(self) -> None:
         if self.wandb is not None:
@@ -79,7 +90,7 @@ def start_wandb(run: Path, config: TrainConfig) -> object:
 def read_log(path: Path) -> tuple[list[dict], list[int]]:
     """Return the readable lines of a log, and the numbers of the others, counted from 1. Raises UserError for an unreadable file."""
     try:
-        texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        texts = path.read_bytes().decode("utf-8", "replace").split("\n") if path.exists() else []
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or take another run.") from error
     lines, damaged = [], []
@@ -99,31 +110,51 @@ def _finite(text: str) -> float | None:
     return float(text) if math.isfinite(float(text)) else None
 
 
+class StepLine(TypedDict):
+    """What a resumed run reads of a line of kind step."""
+
+    step: int
+    grad_norm: NotRequired[float | None]
+
+
+class EvaluationLine(TypedDict):
+    """What a resumed run reads of a line of kind eval."""
+
+    prompts: int
+    prompt_sum: str
+    held_out: list[str]
+    scores: dict[str, list[float | None]]
+    best: int | None
+    warnings: list[str]
+    seconds: float | None
+
+
+READ_AGAIN = {"step": TypeAdapter(StepLine), "eval": TypeAdapter(EvaluationLine)}
+
+
 def read_intact_log(run: Path) -> list[dict]:
     """Return the lines of the log of a run to resume, but for one that a killed process left unfinished.
 
-    Raises UserError for a damaged line.
+    Raises UserError, naming the line, for one that is damaged or lacks what a resumed run reads.
     """
     path = run / LOG
     lines, damaged = read_log(path)
     if damaged and (damaged[0] <= len(lines) or path.read_bytes().endswith(b"\n")):
-        raise UserError(f"Line {damaged[0]} of {path} is damaged: take that line out, then resume.")
+        raise damaged_line(run, damaged[0], "it is no JSON")
     for number, line in enumerate(lines, start=1):
         try:
-            check_line(line)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"Line {number} of {path} is damaged: take that line out, then resume.") from error
+            if line["kind"] in READ_AGAIN:
+                READ_AGAIN[line["kind"]].validate_python(line, strict=True)
+        except ValidationError as error:
+            raise damaged_line(run, number, f"its {error.errors()[0]['loc'][0]} is wrong or missing") from error
+        if line["kind"] == "eval" and any(len(values) != line["prompts"] for values in line["scores"].values()):
+            raise damaged_line(run, number, f"not every score has {line['prompts']} values")
     return lines
 
 
-def check_line(line: dict) -> None:
-    """Raise TypeError, KeyError or AttributeError unless a resumed run can rely on the line's values."""
-    numbers = [line.get("step", 0), line.get("grad_norm") or 0]
-    if line["kind"] == "eval":
-        numbers += [value or 0 for values in line["scores"].values() for value in values]
-        numbers += [0] if isinstance(line["prompt_sum"], str) else [None]
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise TypeError("not a line of this log")
+def damaged_line(run: Path, number: int, reason: str) -> UserError:
+    """Return the error for a line that a resumed run cannot rely on."""
+    return UserError(f"Line {number} of {run / LOG} is damaged ({reason}): restore the file from a copy, then resume.")
 
 
 def evaluation_due(config: TrainConfig, epochs: int) -> bool:

@@ -1,12 +1,16 @@
 """Writes files and folders whole or not at all, and the SHA-256 hashes by which a checkpoint knows its own files."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+import psutil
 
 from fdfo.config.errors import UserError
 
@@ -22,16 +26,14 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file; until all of it is on the disk, the file stays as it was."""
-    with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file; rename it to path after fsync, delete it on error."""
-    partial = path.with_name(f".{path.name}.partial")
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file; until all of it is on the disk, the file stays as it was."""
+    partial = own_partial(path)
     try:
-        yield partial
+        partial.write_bytes(content)
         sync(partial)
         partial.rename(path)
     except OSError:
@@ -40,17 +42,35 @@ def atomic_file(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def own_partial(final: Path) -> Path:
+    """Return a name beside `final` that no other process uses; delete what killed processes left there under theirs."""
+    start = f".{final.name}.{socket.gethostname()}-"
+    for left in final.parent.glob(f"{glob.escape(start)}*.partial"):
+        number = left.name.removeprefix(start).removesuffix(".partial")
+        if number.isdecimal() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+            delete(left)
+    return final.with_name(f"{start}{os.getpid()}.partial")
+
+
+def delete(path: Path) -> None:
+    """Delete a file, or a folder with all in it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 @contextlib.contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder; rename it to final, which must not exist, after fsync; delete it on error."""
-    partial = final.with_name(f".{final.name}.partial")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists():  # of a process that was killed
-        shutil.rmtree(partial)
+def atomic_folder(final: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary folder; rename it to `final`, which must not exist, after fsync; delete it on error.
+
+    partial: its name if processes compete for it. Raises FileExistsError if it exists. Files get the modes that the umask gives.
+    """
+    partial = own_partial(final) if partial is None else partial
     partial.mkdir()
+    mode = partial.stat().st_mode & 0o666
     try:
         yield partial
         for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)  # some libraries write for the owner alone
             sync(path)
         sync(partial)
         partial.rename(final)
@@ -62,9 +82,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder. If the process is killed half way, nothing is left under the folder's name."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
+    partial = own_partial(folder)
     folder.rename(partial)
     shutil.rmtree(partial)
 
