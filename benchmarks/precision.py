@@ -27,7 +27,7 @@ from fdfo.config.presets import PRESETS
 from fdfo.config.train_options import TrainConfig  # noqa: E402
 from fdfo.distributed.launch import run_command_line  # noqa: E402
 from fdfo.distributed.machine import versions  # noqa: E402
-from fdfo.method.rollout import Differences, PairShare, Rollout  # noqa: E402
+from fdfo.method.rollout import Differences, PairShare, Rollout, pair_samples  # noqa: E402
 from fdfo.method.update import EpochData, StepSamples, accumulate_gradient  # noqa: E402
 from fdfo.model.flow_model import FlowModel  # noqa: E402
 from fdfo.storage.prompts import load_prompts  # noqa: E402
@@ -79,20 +79,20 @@ def inputs(model: FlowModel, settings: TrainConfig) -> Rollout:
     generator = torch.Generator().manual_seed(0)
     start, end = torch.randn(2, 2 * len(prompts), 1, *shape, generator=generator)
     level = sigmas[:, None, None, None]  # [T, 1, 1, 1]
-    xs = (level * start + (1 - level) * end).half().float().to(model.device)  # [2P, T, C, H, W]
+    xs = (level * start + (1 - level) * end).half().float().flatten(0, 1).to(model.device)  # [2P T, C, H, W]
     share = PairShare(0, range(len(prompts)), prompts, text, None)
-    return Rollout(share, xs, torch.empty_like(xs), end[:, 0].to(model.device))
+    return Rollout(share, pair_samples(settings, 0, share.pairs), xs, torch.empty_like(xs), end[:, 0].to(model.device))
 
 
 @torch.no_grad()
 def velocities(model: FlowModel, plan: BatchPlan, given: Rollout) -> torch.Tensor:
-    """Return the model's velocity at every point of the trajectories: [2P, T, C, H, W] float32."""
-    n, steps = given.xs.shape[:2]
-    sigmas = model.sigmas(steps).to(model.device)
+    """Return the model's velocity at every point of the trajectories: [2P T, C, H, W] float32."""
+    row, step = (numbers.to(model.device) for numbers in (given.samples.trajectory, given.samples.step))
+    sigmas = model.sigmas(int(step.max()) + 1).to(model.device)
     found = torch.empty_like(given.xs)
-    for part in torch.arange(n * steps, device=model.device).split(plan.train_batch):
-        row, step = part // steps, part % steps
-        found[row, step] = model.velocity(given.xs[row, step], sigmas[step], given.share.text.rows(row // 2), None, 1.0).float()
+    for part in torch.arange(len(step), device=model.device).split(plan.train_batch):
+        text = given.share.text.rows(row[part] // 2)
+        found[part] = model.velocity(given.xs[part], sigmas[step[part]], text, None, 1.0).float()
     return found
 
 
@@ -103,12 +103,12 @@ def gradient(model: FlowModel, settings: TrainConfig, rollout: Rollout, count: i
     """
     spread, scale = case
     generator = torch.Generator().manual_seed(1)
-    n, steps = rollout.xs.shape[:2]
+    n = len(rollout.final)
     dR = (spread * torch.randn(n // 2, generator=generator)).repeat_interleave(2) * torch.tensor([0.5, -0.5]).repeat(n // 2)
     dx = 0.1 * torch.randn(rollout.final.shape, generator=generator)
     dropped = torch.zeros(n, dtype=torch.bool, device=model.device)
     differences = Differences(dx.to(model.device), dR.to(model.device), dR, {}, dropped)
-    samples = torch.randperm(n * steps, generator=generator)[:count]
+    samples = torch.randperm(len(rollout.xs), generator=generator)[:count]
     for parameter in model.trainable():
         parameter.grad = None
     accumulate_gradient(

@@ -78,7 +78,12 @@ def test_prior_schedule():
 
 
 def test_branches_part_through_churn_alone():
-    calls = []
+    calls, xs, velocities = [], [], []
+
+    def keep(step: int, x: torch.Tensor, v: torch.Tensor) -> None:
+        assert step == len(xs)
+        xs.append(x)
+        velocities.append(v)
 
     def noise(step: int) -> torch.Tensor:
         calls.append(step)
@@ -86,12 +91,12 @@ def test_branches_part_through_churn_alone():
 
     x_init, gammas = normal(2, 1, 2, 2, seed=9), raw_gammas(SIGMAS, 2, 0.0)
     gammas[1, 2] = 0.5  # pair 1 alone is churned, where step 1 lands
-    paths = sample_pairs(lambda x, sigma: x * sigma, x_init, SIGMAS, gammas, noise)
-    assert paths.xs.shape == paths.velocities.shape == (4, 5, 1, 2, 2) and paths.final.shape == (4, 1, 2, 2)
+    final = sample_pairs(lambda x, sigma: x * sigma, x_init, SIGMAS, gammas, noise, keep)
+    assert len(xs) == len(velocities) == 5 and final.shape == xs[0].shape == (4, 1, 2, 2)
     assert calls == [0, 1, 2, 3, 4, 5]
-    assert torch.equal(paths.final[0], paths.final[1])
-    assert torch.equal(paths.xs[2, 1], paths.xs[3, 1]) and not torch.equal(paths.xs[2, 2], paths.xs[3, 2])
-    assert torch.equal(paths.velocities[:, 3], paths.xs[:, 3] * SIGMAS[3])
+    assert torch.equal(final[0], final[1])
+    assert torch.equal(xs[1][2], xs[1][3]) and not torch.equal(xs[2][2], xs[2][3])
+    assert torch.equal(velocities[3], xs[3] * SIGMAS[3])
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -112,12 +117,13 @@ def test_without_churn_it_is_diffusers_pipeline(tiny, guidance: float):
     text, empty = tiny.encode(prompts), tiny.encode([""])
     text = text.rows(torch.tensor([0, 0, 1, 1]))
     with torch.no_grad():
-        paths = sample_pairs(
+        final = sample_pairs(
             lambda x, sigma: tiny.velocity(x, torch.full((4,), sigma), text, empty, guidance),
             x_init,
             tiny.sigmas(6),
             torch.zeros(2, 7),
             lambda step: torch.zeros(4, *shape),
+            lambda step, x, v: None,
         )
-    torch.testing.assert_close(paths.final[0::2], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(paths.final[0::2], paths.final[1::2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(final[0::2], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(final[0::2], final[1::2], rtol=0, atol=1e-5)

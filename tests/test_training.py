@@ -271,7 +271,7 @@ def test_broken_latents_drop_their_pair(job: Job, tmp_path: Path):
     run, data = first_rollout(job, config)
     rollout = data.rollout
     rollout.final[3] = float("nan")
-    rollout.velocities[3] = rollout.xs[3] = float("nan")
+    rollout.velocities[12:16] = rollout.xs[12:16] = float("nan")  # the four steps of trajectory 3
     differences = score_share(rollout, torch.rand(12, 3, 64, 64), run.judges.reward)
     assert differences.dropped.tolist() == [False, False, True, True] + [False] * 8
     data, samples = dataclasses.replace(data, differences=differences), torch.arange(48)
@@ -283,7 +283,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(job: Job, tmp_p
     config = small(tmp_path)
     run, data = first_rollout(job, config)
     before = {name: p.clone() for name, p in run.model.named_trainable()}
-    data.rollout.velocities[0] = float("inf")
+    data.rollout.velocities[:4] = float("inf")
     samples = torch.arange(12)  # trajectories 0 to 2, the first of them broken
     stats = optimizer_step(job, run.learner, data, StepSamples(samples, 12))
     assert not stats.applied

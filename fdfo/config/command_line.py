@@ -8,7 +8,7 @@ import tyro
 
 from fdfo.config.errors import UserError
 from fdfo.config.options import Options, check_options
-from fdfo.config.plan import plan_churn
+from fdfo.config.plan import plan_churn, plan_subset
 from fdfo.config.presets import PRESETS
 from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig, ReportConfig
 from fdfo.config.train_options import TrainConfig
@@ -84,6 +84,7 @@ def check_train_config(config: TrainConfig) -> None:
     if len(set(config.eval_metrics)) < len(config.eval_metrics):
         raise UserError("--eval-metrics names a scorer twice: leave one out.")
     plan_churn(config.churn)
+    plan_subset(config)
 
 
 def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:

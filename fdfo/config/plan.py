@@ -16,11 +16,25 @@ CHURN_DEFAULTS = {
 
 
 @dataclass(frozen=True)
+class SubsetPlan:
+    """Which (trajectory, step) samples of a pair are trained on (docs/method.md 4)."""
+
+    steps: int  # parts of the grid, with one step of each
+    branches: int  # at each of these steps
+    whole: bool  # no subset was asked for: every sample, dealt to the optimizer steps as published
+
+    @property
+    def pair_samples(self) -> int:
+        return self.steps * self.branches
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """How the pairs and samples of an epoch are divided among processes and micro-batches."""
 
     pairs: tuple[int, ...]  # pairs of each rank
-    samples: int  # (trajectory, step) samples of the epoch, all ranks together
+    subset: SubsetPlan
+    samples: int  # (trajectory, step) samples to train on in the epoch, all ranks together
     gradient_steps: int  # optimizer steps of the epoch
     sample_batch: int  # pairs a micro-batch when sampling
     train_batch: int  # samples a micro-batch when training
@@ -28,9 +42,10 @@ class BatchPlan:
     def describe(self) -> str:
         largest, smallest = max(self.pairs), min(self.pairs)
         share = f"{largest}" if largest == smallest else f"{smallest} or {largest}"
+        drawn = "" if self.subset.whole else f" ({self.subset.steps} steps of {self.subset.branches} branch(es) of each pair)"
         return (
             f"batch plan: {sum(self.pairs)} pairs per epoch on {len(self.pairs)} process(es), {share} each, sampled "
-            f"{self.sample_batch} at a time; {self.samples} samples in {self.gradient_steps} optimizer step(s), "
+            f"{self.sample_batch} at a time; {self.samples} samples{drawn} in {self.gradient_steps} optimizer step(s), "
             f"micro-batches of {self.train_batch}"
         )
 
@@ -45,7 +60,8 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
     pairs, steps = config.total_pairs_per_epoch, config.gradient_steps_per_epoch
     if pairs < world_size:
         raise UserError(f"{pairs} pairs per epoch cannot feed {world_size} processes: start {pairs} or fewer.")
-    samples = 2 * pairs * config.sample.num_solver_steps
+    subset = plan_subset(config)
+    samples = pairs * subset.pair_samples
     if steps > samples:
         raise UserError(
             f"{steps} gradient steps per epoch are more than its {samples} samples: lower --gradient-steps-per-epoch."
@@ -59,13 +75,25 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
     train_batch = min(config.train.batch_size or even_batch(share_of_step, largest), share_of_step)
     filling = train_batch // math.gcd(2, train_batch)  # pairs that fill one batch of the transformer, or two
     sample_batch = min(config.sample.batch_size or largest // filling * filling, max(shares))
-    return BatchPlan(shares, samples, steps, sample_batch, train_batch)
+    return BatchPlan(shares, subset, samples, steps, sample_batch, train_batch)
+
+
+def plan_subset(config: TrainConfig) -> SubsetPlan:
+    """Plan which samples of a pair are trained on. Raises UserError for more steps than a trajectory has."""
+    T, steps, branches = config.sample.num_solver_steps, config.train.steps_per_trajectory, config.train.branches
+    if steps is not None and steps > T:
+        raise UserError(
+            f"--train.steps-per-trajectory {steps} is more than the {T} steps of a trajectory: give {T} or less, or raise "
+            "--sample.num-solver-steps."
+        )
+    return SubsetPlan(steps or T, 2 if branches == "both" else 1, steps is None and branches == "both")
 
 
 def even_batch(count: int, largest: int) -> int:
-    """Return the size of micro-batches that divide count into as few and equal parts as possible, lowered to an even number above 1."""
+    """Return the size of micro-batches that divide count into as few and equal parts as possible: even, unless the largest is 1."""
     size = -(-count // -(-count // largest))
-    return size - size % 2 if size > 1 else 1
+    even = size + size % 2  # lowering it would need a batch more, which matters where there are few
+    return even if even <= largest else max(size - 1, 1)
 
 
 def plan_churn(churn: ChurnConfig) -> dict[str, float]:

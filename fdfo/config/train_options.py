@@ -43,6 +43,11 @@ class OptimConfig(Options):
     """weight of the squared distance to the base model's velocity; 0 means none"""
     batch_size: Annotated[Count | None, FREE] = None
     """samples per micro-batch in training; derived from --max-batch-size if left out"""
+    steps_per_trajectory: Count | None = None
+    """solver steps of a trajectory to train on: one drawn from each of that many equal parts of the grid, anew for each pair of each
+    epoch; all if left out"""
+    branches: Literal["both", "one"] = "both"
+    """branches of a pair to train on: both, or at each of its steps one drawn at random"""
 
 
 @dataclass(frozen=True)

@@ -26,3 +26,18 @@ def surrogate_loss(
     rho = torch.exp(-(dv.square() + 2 * dv * d).mean(dims))  # [N]
     loss = -dR * rho + dR.abs() / (2 * clip_range) * (rho - 1).square()
     return loss, rho
+
+
+def choose_samples(draws: torch.Tensor, steps: int, both: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose the (branch, step) samples of each pair to train on, with their weights (docs/method.md 4, subsets).
+
+    draws [P, 2, K], uniform in [0, 1): for each of the K equal parts of the grid of `steps` steps, where in the part its one step
+    lies, and which branch is taken unless both are. -> branch, step int64 and weight float64, [P, B, K] each, B = 2 for both.
+    """
+    P, _, K = draws.shape
+    edges = torch.arange(K + 1) * steps // K  # first step of each part, then the end
+    sizes = edges.diff()  # [K]
+    step = edges[:-1] + (draws[:, 0] * sizes).long().clamp(max=sizes - 1)  # [P, K]
+    branch = torch.arange(2)[:, None].expand(P, 2, K) if both else (draws[:, 1] >= 0.5).long()[:, None]  # [P, B, K]
+    step, weight = (values[:, None].expand(branch.shape) for values in (step, (sizes.double() * K / steps).expand(P, K)))
+    return branch, step, weight

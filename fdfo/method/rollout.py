@@ -1,4 +1,4 @@
-"""One rank's share of an epoch: noise from positions, paired sampling, rewards, finite differences (docs/method.md 2 and 3)."""
+"""One rank's share of an epoch: draws from positions, paired sampling, rewards, finite differences (docs/method.md 2 to 4)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fdfo.config.plan import BatchPlan, plan_churn
+from fdfo.config.plan import BatchPlan, plan_churn, plan_subset
 from fdfo.config.train_options import TrainConfig
-from fdfo.method.estimator import pair_deviation
+from fdfo.method.estimator import choose_samples, pair_deviation
 from fdfo.method.sampling import interval_gammas, prior_gammas, raw_gammas, sample_pairs
 from fdfo.model.acceleration import fetch
 from fdfo.model.flow_model import FlowModel
@@ -17,7 +17,8 @@ from fdfo.model.memory import trajectory_storage
 from fdfo.model.text import TextEmbeddings
 from rewards.scorer import WeightedReward
 
-START, SCHEDULE, FIRST_CHURN = 0, 1, 2  # streams of a pair's noise; solver step i uses FIRST_CHURN + i
+START, SCHEDULE, FIRST_CHURN = 0, 1, 2  # streams of a pair's draws; solver step i uses FIRST_CHURN + i
+SUBSET = 2**31  # above all of them
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,35 @@ class PairShare:
     empty: TextEmbeddings | None  # the empty prompt, one row, if guidance needs it
 
 
+@dataclass(frozen=True)
+class Samples:
+    """The S (trajectory, step) samples of this rank's pairs to train on, pair after pair: by branch, then by step. On the CPU.
+
+    If all are trained on, sample i is step i % T of trajectory i // T.
+    """
+
+    trajectory: torch.Tensor  # [S] int64, counted on this rank
+    step: torch.Tensor  # [S] int64
+    weight: torch.Tensor  # [S] float32, mean 1 over a pair; all 1 if all steps are trained on
+
+
 @dataclass
 class Rollout:
-    """The trajectories of this rank's pairs; rows 2k and 2k + 1 are the branches of its k-th pair.
+    """The trajectories of this rank's pairs; of trajectories, 2k and 2k + 1 are the branches of its k-th pair.
 
     xs and velocities lie on the GPU, or with --offload-trajectories in host memory.
     """
 
     share: PairShare
-    xs: torch.Tensor  # [2P, T, C, H, W]
-    velocities: torch.Tensor  # [2P, T, C, H, W]
+    samples: Samples
+    xs: torch.Tensor  # [S, C, H, W], of the samples
+    velocities: torch.Tensor  # [S, C, H, W], of the samples
     final: torch.Tensor  # [2P, C, H, W]
 
-    def samples(self, row: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return latent and velocity of some (trajectory, step): row, step [N] -> [N, C, H, W] each, on the training device."""
-        row, step = row.to(self.xs.device), step.to(self.xs.device)
-        return tuple(fetch(stored[row, step], self.final.device) for stored in (self.xs, self.velocities))
+    def latents(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return latent and velocity of some of the samples: batch [N] -> [N, C, H, W] each, on the training device."""
+        batch = batch.to(self.xs.device)
+        return tuple(fetch(stored[batch], self.final.device) for stored in (self.xs, self.velocities))
 
 
 @dataclass
@@ -77,6 +91,16 @@ def pair_gammas(config: TrainConfig, sigmas: torch.Tensor, epoch: int, pairs: ra
     return prior_gammas(sigmas, draws[:, 1], **numbers)
 
 
+def pair_samples(config: TrainConfig, epoch: int, pairs: range) -> Samples:
+    """Draw the samples of some pairs to train on, each pair's from its position alone (docs/method.md 4)."""
+    subset, T = plan_subset(config), config.sample.num_solver_steps
+    streams = (np.random.default_rng([config.seed, epoch, pair, SUBSET]) for pair in pairs)
+    draws = torch.from_numpy(np.stack([stream.random((2, subset.steps)) for stream in streams]))  # [P, 2, K]
+    branch, step, weight = choose_samples(draws, T, subset.branches == 2)  # [P, B, K] each
+    trajectory = 2 * torch.arange(len(pairs))[:, None, None] + branch
+    return Samples(trajectory.flatten(), step.flatten(), weight.flatten().float())
+
+
 @torch.no_grad()
 def sample_share(
     model: FlowModel,
@@ -85,29 +109,64 @@ def sample_share(
     share: PairShare,
     before_batch: Callable[[int], None] = lambda done: None,
 ) -> Rollout:
-    """Sample the rank's pairs, plan.sample_batch at a time (docs/method.md 2); before_batch gets the number of pairs done."""
-    sigmas = model.sigmas(config.sample.num_solver_steps)
-    shape = model.latent_shape(config.sample.resolution)
-    n, seed, epoch = 2 * len(share.pairs), config.seed, share.epoch
+    """Sample the rank's pairs, plan.sample_batch at a time (docs/method.md 2), and keep the samples to train on.
+
+    before_batch gets the number of pairs done.
+    """
+    shape, pairs = model.latent_shape(config.sample.resolution), share.pairs
+    samples = pair_samples(config, share.epoch, pairs)
     # The network rounds its input to its compute type and answers in it, so storing that type loses nothing.
     storage = trajectory_storage(config, model.device)
-    xs = torch.empty(n, len(sigmas) - 1, *shape, device=storage, dtype=model.compute_type)  # [2P, T, C, H, W]
-    velocities, final = torch.empty_like(xs), torch.empty(n, *shape, device=model.device)
-    for start in range(0, len(share.pairs), plan.sample_batch):
+    xs = torch.empty(len(samples.step), *shape, device=storage, dtype=model.compute_type)  # [S, C, H, W]
+    rollout = Rollout(share, samples, xs, torch.empty_like(xs), torch.empty(2 * len(pairs), *shape, device=model.device))
+    for start in range(0, len(pairs), plan.sample_batch):
         before_batch(start)
-        batch = share.pairs[start : start + plan.sample_batch]
-        rows = slice(2 * start, 2 * (start + len(batch)))
-        index = torch.arange(start, start + len(batch), device=model.device).repeat_interleave(2)
+        sample_batch(model, config, rollout, range(start, min(start + plan.sample_batch, len(pairs))))
+    return rollout
 
-        def noise(step: int, batch: range = batch) -> torch.Tensor:
-            draws = [standard_normal((2, *shape), seed, epoch, pair, FIRST_CHURN + step) for pair in batch]
-            return fetch(torch.cat(draws), model.device)  # [2P, C, H, W]
 
-        velocity = model.velocity_at(share.text.rows(index), share.empty, config.sample.guidance_scale)
-        x_init = torch.stack([standard_normal(shape, seed, epoch, pair, START) for pair in batch]).to(model.device)
-        paths = sample_pairs(velocity, x_init, sigmas, pair_gammas(config, sigmas, epoch, batch), noise)
-        xs[rows], velocities[rows], final[rows] = paths.xs, paths.velocities, paths.final
-    return Rollout(share, xs, velocities, final)
+def sample_batch(model: FlowModel, config: TrainConfig, rollout: Rollout, batch: range) -> None:
+    """Sample some of the rank's pairs, by their numbers on this rank, into the rollout."""
+    share, seed, epoch = rollout.share, config.seed, rollout.share.epoch
+    pairs, sigmas = share.pairs[batch.start : batch.stop], model.sigmas(config.sample.num_solver_steps)
+    shape, rows = rollout.final.shape[1:], slice(2 * batch.start, 2 * batch.stop)
+    index = torch.arange(batch.start, batch.stop, device=model.device).repeat_interleave(2)
+    kept = KeptSamples(rollout, batch)
+
+    def noise(step: int) -> torch.Tensor:
+        draws = [standard_normal((2, *shape), seed, epoch, pair, FIRST_CHURN + step) for pair in pairs]
+        return fetch(torch.cat(draws), model.device)  # [2P, C, H, W]
+
+    velocity = model.velocity_at(share.text.rows(index), share.empty, config.sample.guidance_scale)
+    x_init = torch.stack([standard_normal(shape, seed, epoch, pair, START) for pair in pairs]).to(model.device)
+    gammas = pair_gammas(config, sigmas, epoch, pairs)
+    rollout.final[rows] = sample_pairs(velocity, x_init, sigmas, gammas, noise, kept.keep)
+    kept.store()
+
+
+class KeptSamples:
+    """Collects latents and velocities of a batch's samples while it is sampled, on the model's device, then puts them into the rollout."""
+
+    def __init__(self, rollout: Rollout, batch: range):
+        """batch: numbers of pairs on this rank."""
+        samples, each = rollout.samples, len(rollout.samples.step) // len(rollout.share.pairs)
+        self.rollout, self.own = rollout, slice(each * batch.start, each * batch.stop)
+        step, self.order = samples.step[self.own].sort(stable=True)
+        rows = samples.trajectory[self.own][self.order] - 2 * batch.start
+        counts = step.bincount(minlength=int(step.max()) + 1).tolist()
+        self.rows = dict(enumerate(fetch(rows, rollout.final.device).split(counts)))  # by step, in the batch
+        self.kept: list[torch.Tensor] = []
+
+    def keep(self, step: int, x: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep the samples of one solver step: x, v [2P, C, H, W] of the batch."""
+        rows = self.rows.get(step)
+        if rows is not None and len(rows):
+            self.kept.append(torch.stack([x[rows], v[rows]]).to(self.rollout.xs.dtype))  # [2, n, C, H, W]
+
+    def store(self) -> None:
+        xs, velocities = torch.cat(self.kept, dim=1).to(self.rollout.xs.device)
+        order = self.order.to(xs.device)
+        self.rollout.xs[self.own][order], self.rollout.velocities[self.own][order] = xs, velocities
 
 
 def score_share(rollout: Rollout, images: torch.Tensor, reward: WeightedReward) -> Differences:
@@ -120,8 +179,10 @@ def score_share(rollout: Rollout, images: torch.Tensor, reward: WeightedReward) 
     total = reward.total(scores)
     intact = whole_pairs(finite_rows(rollout.final))
     finite = intact & whole_pairs(total.isfinite())
-    for tensor in (rollout.xs, rollout.velocities, rollout.final):
-        tensor[~intact.to(tensor.device)] = 0
+    rollout.final[~intact] = 0
+    broken = ~intact.cpu()[rollout.samples.trajectory]  # [S]
+    for tensor in (rollout.xs, rollout.velocities):
+        tensor[broken.to(tensor.device)] = 0
     dR = torch.where(finite, pair_deviation(total), torch.zeros_like(total))
     dx = torch.where(finite[:, None, None, None], pair_deviation(rollout.final), torch.zeros_like(rollout.final))
     return Differences(dx, dR, total, scores, ~finite)

@@ -2,18 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-
-
-@dataclass(frozen=True)
-class PairTrajectories:
-    """Interleaved branches: rows 2k and 2k + 1 are the two branches of pair k."""
-
-    xs: torch.Tensor  # [2P, T, C, H, W], latent at every grid point before its step
-    velocities: torch.Tensor  # [2P, T, C, H, W], the network's v there
-    final: torch.Tensor  # [2P, C, H, W], latent at sigma 0
 
 
 def churn_step(
@@ -84,23 +74,24 @@ def sample_pairs(
     sigmas: torch.Tensor,
     gammas: torch.Tensor,
     noise: Callable[[int], torch.Tensor],
-) -> PairTrajectories:
+    keep: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> torch.Tensor:
     """Sample both branches of every pair from the same start; only churn parts them (docs/method.md 2).
 
     velocity(x [2P, C, H, W], sigma) -> v; x_init [P, C, H, W]; sigmas [T + 1] falling from 1 to 0; gammas [P, T + 1];
-    noise(step) -> [2P, C, H, W], step 0 for the start, step i + 1 for the step that lands on grid point i + 1.
+    noise(step) -> [2P, C, H, W], step 0 for the start, step i + 1 for the step that lands on grid point i + 1; keep(i, x, v) is
+    called before the step from grid point i, with the latents there and the network's v -> final latents, at sigma 0
+    [2P, C, H, W]. Rows 2k and 2k + 1 are the branches of pair k.
     """
     grid = sigmas.tolist()
     gammas = gammas.to(x_init.device).repeat_interleave(2, dim=0)  # [2P, T + 1]
     x = x_init.repeat_interleave(2, dim=0)  # [2P, C, H, W]
     x = churn_step(x, torch.zeros_like(x), 1.0, 1.0, gammas[:, 0], noise(0))
-    xs = x.new_empty(len(x), len(grid) - 1, *x.shape[1:])  # [2P, T, C, H, W]
-    velocities = torch.empty_like(xs)
     for i, (sigma, sigma_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
         v = velocity(x, sigma).to(x.dtype)
-        xs[:, i], velocities[:, i] = x, v
+        keep(i, x, v)
         x = churn_step(x, v, sigma, sigma_next, gammas[:, i + 1], noise(i + 1))
-    return PairTrajectories(xs, velocities, x)
+    return x
 
 
 def sample_flow(velocity: Callable[[torch.Tensor, float], torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:

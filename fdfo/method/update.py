@@ -1,4 +1,4 @@
-"""The update: every (trajectory, step) of the job once per epoch, in shuffled optimizer steps (docs/method.md 4).
+"""The update: every (trajectory, step) of the job, or a subset, once per epoch, in shuffled optimizer steps (docs/method.md 4).
 
 The shuffle decides, for the whole job, which samples an optimizer step takes. Each rank computes the part of that step's gradient
 that comes from its own trajectories, and the parts are added up. No trajectory ever leaves its rank.
@@ -25,7 +25,7 @@ from fdfo.model.flow_model import FlowModel
 class StepSamples:
     """The samples of one optimizer step."""
 
-    own: torch.Tensor  # [N], this rank's: trajectory * T + step, both counted on this rank
+    own: torch.Tensor  # [N], this rank's: their places in its rollout
     total: int  # of the whole job
 
 
@@ -41,18 +41,28 @@ class EpochData:
 
 
 def step_samples(plan: BatchPlan, config: TrainConfig, epoch: int, pairs: range) -> list[StepSamples]:
-    """Return the samples of every optimizer step of an epoch. pairs: this rank's.
-
-    One permutation of all samples of the job per epoch, from (seed, epoch) alone, is cut evenly into the steps.
-    """
-    order = np.random.default_rng([config.seed, epoch, 0x5A]).permutation(plan.samples)
-    T = config.sample.num_solver_steps
-    first, last = 2 * pairs.start * T, 2 * pairs.stop * T
+    """Return the samples of every optimizer step of an epoch, dealt over the whole job. pairs: this rank's."""
+    first, last = (plan.subset.pair_samples * pair for pair in (pairs.start, pairs.stop))
     steps = []
-    for part in np.array_split(order, plan.gradient_steps):
+    for part in deal_samples(plan, config.seed, epoch):
         own = part[(part >= first) & (part < last)] - first
         steps.append(StepSamples(torch.from_numpy(own), len(part)))
     return steps
+
+
+def deal_samples(plan: BatchPlan, seed: int, epoch: int) -> list[np.ndarray]:
+    """Deal the job's samples, numbered pair after pair, to the optimizer steps, from (seed, epoch) alone (docs/method.md 4).
+
+    All samples are cut evenly by one permutation. A subset is laid out part by part of the grid, within a part pair by pair; of
+    as many neighbours as there are optimizer steps, each step gets one.
+    """
+    G, subset = plan.gradient_steps, plan.subset
+    if subset.whole:
+        return np.array_split(np.random.default_rng([seed, epoch, 0x5A]).permutation(plan.samples), G)
+    numbers = np.arange(plan.samples).reshape(-1, subset.branches, subset.steps).transpose(2, 0, 1).flatten()
+    neighbours = np.tile(np.arange(G), (-(-plan.samples // G), 1))
+    step = np.random.default_rng([seed, epoch, 0x5B]).permuted(neighbours, axis=1).flatten()[: plan.samples]
+    return [numbers[step == number] for number in range(G)]
 
 
 def optimizer_step(
@@ -119,14 +129,14 @@ def accumulate_gradient(
 
 
 def micro_batch_loss(data: EpochData, sigmas: torch.Tensor, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute loss, with a graph, and ratio of some samples: batch [N] of trajectory * T + step -> [N], [N].
+    """Compute weighted loss, with a graph, and ratio of some samples: batch [N], their places in the rollout -> [N], [N].
 
     The ratio of a dropped pair is 1.
     """
     model, config, rollout, differences = data.model, data.config, data.rollout, data.differences
-    T = config.sample.num_solver_steps
-    x, v_ref = rollout.samples(batch // T, batch % T)  # [N, C, H, W]
-    row, step = (batch // T).to(model.device), (batch % T).to(model.device)
+    samples = rollout.samples
+    x, v_ref = rollout.latents(batch)  # [N, C, H, W]
+    row, step, weight = (of[batch].to(model.device) for of in (samples.trajectory, samples.step, samples.weight))
     given = (rollout.share.text.rows(row // 2), rollout.share.empty, config.sample.guidance_scale)
     v = model.velocity(x, sigmas[step], *given)
     loss, ratio = surrogate_loss(v, v_ref, differences.dx[row], differences.dR[row], config.train.clip_range)
@@ -136,7 +146,7 @@ def micro_batch_loss(data: EpochData, sigmas: torch.Tensor, batch: torch.Tensor)
             v_base = model.velocity(x, sigmas[step], *given)
         distance = (v.float() - v_base.float()).square().mean((1, 2, 3))
         loss = loss + config.train.kl_weight * kept * distance
-    return loss, torch.where(kept, ratio.detach(), torch.ones_like(ratio))
+    return weight * loss, torch.where(kept, ratio.detach(), torch.ones_like(ratio))
 
 
 def add_finite(sums: torch.Tensor, values: torch.Tensor) -> bool:

@@ -58,8 +58,8 @@ def expected_memory(job: Job, config: TrainConfig, model: FlowModel, plan: Batch
 
 def trajectory_bytes(config: TrainConfig, model: FlowModel, plan: BatchPlan) -> int:
     """Return the bytes of the latents and velocities that the process with the largest share keeps in an epoch."""
-    numbers = config.sample.num_solver_steps * math.prod(model.latent_shape(config.sample.resolution))
-    return 2 * 2 * max(plan.pairs) * numbers * model.compute_type.itemsize
+    numbers = math.prod(model.latent_shape(config.sample.resolution))
+    return 2 * max(plan.pairs) * plan.subset.pair_samples * numbers * model.compute_type.itemsize
 
 
 def with_largest(config: TrainConfig, largest: int) -> TrainConfig:
@@ -75,11 +75,11 @@ def with_largest(config: TrainConfig, largest: int) -> TrainConfig:
 
 def fits(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPlan) -> bool:
     """Try to sample, and to go forward and backward, with a micro-batch beside this rank's share of trajectories."""
-    shape, rows = model.latent_shape(config.sample.resolution), 2 * plan.pairs[job.rank]
+    shape, kept = model.latent_shape(config.sample.resolution), plan.pairs[job.rank] * plan.subset.pair_samples
     guidance = config.sample.guidance_scale
     try:
         storage = trajectory_storage(config, job.device)
-        held = torch.empty(2, rows, config.sample.num_solver_steps, *shape, device=storage, dtype=model.compute_type)
+        held = torch.empty(2, kept, *shape, device=storage, dtype=model.compute_type)
         text, empty = model.encode_prompts([""], guidance)
         for size, gradient in ((2 * plan.sample_batch, False), (plan.train_batch, True)):
             x = torch.zeros(size, *shape, device=job.device)  # [size, C, H, W]
