@@ -1,6 +1,6 @@
 """Run under torchrun by test_distributed.py: saves what must not depend on the number of processes.
 
-torchrun --nproc_per_node=K tests/distributed_probe.py OUT.pt RUNS_DIR PAIRS
+torchrun --nproc_per_node=K tests/distributed_probe.py OUT.pt RUNS_DIR PAIRS [STEPS_PER_TRAJECTORY BRANCHES]
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ from fdfo.run_folder.find_checkpoint import FRESH
 from fdfo.storage.prompts import epoch_prompts
 
 
-def main(out: str, runs_dir: str, pairs: int) -> None:
+def main(out: str, runs_dir: str, pairs: int, steps: int | None = None, branches: str = "both") -> None:
     config = dataclasses.replace(
         PRESETS["tiny"],
         sample=SampleConfig(num_solver_steps=8, resolution=64),
+        train=dataclasses.replace(PRESETS["tiny"].train, steps_per_trajectory=steps, branches=branches),
         total_pairs_per_epoch=pairs,
         num_epochs=2,
         eval_prompts=0,
@@ -53,10 +54,16 @@ def main(out: str, runs_dir: str, pairs: int) -> None:
         start = torch.cat([p.detach().flatten() for p in model.trainable()])
         finished = train(job, config)
         end = torch.cat([p.detach().flatten() for p in finished.model.trainable()])
-        parts = job.gather_objects({"prompts": prompts, "noise": noise, "gammas": gammas, "held": held})
+        first = 2 * own.start  # trajectories are counted on this rank
+        drawn = torch.stack([rollout.samples.trajectory + first, rollout.samples.step], dim=1).tolist()
+        dealt = [drawn[place] for place in samples.own.tolist()]
+        parts = job.gather_objects(
+            {"prompts": prompts, "noise": noise, "gammas": gammas, "held": held, "drawn": drawn, "dealt": dealt}
+        )
         if job.is_main:
             torch.save({"parts": parts, "gradient": gradient, "start": start, "end": end}, out)
 
 
 if __name__ == "__main__":
-    run_command_line(lambda: main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    steps = int(sys.argv[4]) if len(sys.argv) > 4 else None
+    run_command_line(lambda: main(sys.argv[1], sys.argv[2], int(sys.argv[3]), steps, *sys.argv[5:]))

@@ -14,6 +14,8 @@ CHURN_DEFAULTS = {
     "prior": {"weight": 0.1, "weight_sd": 1.0},
 }
 
+LEAST_CHURN = 1e-14  # below, float32 rounds away the noise that parts the branches: its amount is about sqrt(2 gamma)
+
 
 @dataclass(frozen=True)
 class SubsetPlan:
@@ -79,12 +81,18 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
 
 
 def plan_subset(config: TrainConfig) -> SubsetPlan:
-    """Plan which samples of a pair are trained on. Raises UserError for more steps than a trajectory has."""
+    """Plan which samples of a pair are trained on. Raises UserError for more steps than there are, and for branches that never part."""
     T, steps, branches = config.sample.num_solver_steps, config.train.steps_per_trajectory, config.train.branches
     if steps is not None and steps > T:
         raise UserError(
             f"--train.steps-per-trajectory {steps} is more than the {T} steps of a trajectory: give {T} or less, or raise "
             "--sample.num-solver-steps."
+        )
+    weight = plan_churn(config.churn)["weight"]
+    if branches == "one" and weight < LEAST_CHURN:
+        raise UserError(
+            f"--train.branches one needs branches that part, which --churn.weight {weight:g} is too small for: give more, as the "
+            f"default of --churn.schedule {config.churn.schedule}."
         )
     return SubsetPlan(steps or T, 2 if branches == "both" else 1, steps is None and branches == "both")
 
