@@ -9,6 +9,11 @@ The whole epoch (432 pairs) is 8 times the default 54 pairs. --eager runs the sa
 weights in bfloat16 under autocast, diffusers' attention with PEFT's layers, the library's vision attention, and that loop's
 batch sizes. Both include what is done once an epoch: encoding the prompts, with the text encoders brought from the host.
 
+The preset that trains on a subset, or any other subset:
+
+python benchmarks/full_size.py --preset sd35-medium-fast --out subset.json
+python benchmarks/full_size.py --preset sd35-medium-fast --steps-per-trajectory 10 --max-batch-size 26 --out subset.json
+
 Two GPUs, and one with the same pairs in all; precision.py says how far apart the gradients are, and what they came from:
 
 torchrun --nproc_per_node=2 benchmarks/full_size.py --pairs 27 --gradient two.pt --out two.json
@@ -52,7 +57,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fdfo.method.trainer  # noqa: E402
 import fdfo.method.update  # noqa: E402
 import rewards.vlm  # noqa: E402
-from fdfo.config.plan import plan_batches  # noqa: E402
+from fdfo.config.plan import plan_batches, plan_subset  # noqa: E402
 from fdfo.config.presets import PRESETS
 from fdfo.config.train_options import SD35_MEDIUM, TrainConfig  # noqa: E402
 from fdfo.distributed.job import Job  # noqa: E402
@@ -73,8 +78,12 @@ LATENT = 16 * 64 * 64  # numbers in a latent
 class FullSizeConfig:
     """Time one rank's share of an epoch."""
 
-    preset: Literal["sd35-medium", "sd35-medium-24gb"] = "sd35-medium"
+    preset: Literal["sd35-medium", "sd35-medium-fast", "sd35-medium-24gb"] = "sd35-medium"
     """train.py's preset"""
+    steps_per_trajectory: int | None = None
+    """solver steps of a trajectory to train on (the preset's)"""
+    branches: Literal["both", "one"] | None = None
+    """branches of a pair to train on (the preset's)"""
     pairs: int = 54
     """pairs of the share, that is of each process"""
     solver_steps: int = STEPS
@@ -134,19 +143,21 @@ def ceiling(seconds: float = 0.0) -> float:
 def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainConfig:
     """Return the options that train.py would get."""
     preset = PRESETS[config.preset]
+    subset = {name: value for name in ("steps_per_trajectory", "branches") if (value := getattr(config, name)) is not None}
     return dataclasses.replace(
         preset, prompt_set="tiny_heldout", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=not config.eager,
         max_batch_size=config.max_batch_size or preset.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
-        sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps), eval_prompts=config.eval_prompts,
-        eval_prompt_set="tiny",
+        sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps), train=dataclasses.replace(preset.train, **subset),
+        eval_prompts=config.eval_prompts, eval_prompt_set="tiny",
     )  # fmt: skip
 
 
 def ballast(run: TrainConfig, pairs: int, device: torch.device) -> list[torch.Tensor]:
-    """Take memory for what fewer solver steps leave out: the epoch's trajectories in float16, and those of one batch in float32."""
-    missing, batch = STEPS - run.sample.num_solver_steps, plan_batches(run, 1).sample_batch
-    epoch = torch.ones(2 * 2 * pairs * missing * LATENT, dtype=torch.float16, device=trajectory_storage(run, device))
-    return [epoch, torch.ones(2 * 2 * batch * missing * LATENT, device=device)]
+    """Take memory for what fewer solver steps leave out of the kept samples, in float16: of the epoch, and of one batch on the GPU twice."""
+    whole = dataclasses.replace(run, sample=dataclasses.replace(run.sample, num_solver_steps=STEPS))
+    missing = plan_subset(whole).pair_samples - plan_subset(run).pair_samples
+    epoch = torch.ones(2 * pairs * missing * LATENT, dtype=torch.float16, device=trajectory_storage(run, device))
+    return [epoch, torch.ones(2 * 2 * plan_batches(run, 1).sample_batch * missing * LATENT, dtype=torch.float16, device=device)]
 
 
 @contextlib.contextmanager
@@ -233,19 +244,22 @@ def report(config: FullSizeConfig, settings: TrainConfig, processes: int, measur
     start, epoch = (next(line for line in lines if line["kind"] == kind) for kind in ("start", "epoch"))
     steps = [line for line in lines if line["kind"] == "step"]
     seconds = {name: value for name, value in epoch["seconds"].items() if name != "checkpoint"}
-    whole = {
-        name: value * (STEPS / config.solver_steps if name in ("sample", "update") else 1) for name, value in seconds.items()
-    }
     forward, both = count_tflop()
-    samples = 2 * config.pairs * config.solver_steps
+    plan = plan_batches(settings, processes)
+    trained, drawn = plan.samples // processes, settings.train.steps_per_trajectory is not None
+    scaled = ("sample",) if drawn else ("sample", "update")  # with the solver steps
+    whole = {name: value * (STEPS / config.solver_steps if name in scaled else 1) for name, value in seconds.items()}
     rates = {
         name: {"samples_per_second": samples / seconds[name], "tflop_per_second": samples * work / seconds[name]}
-        for name, work in (("sample", forward), ("update", both))
+        for name, samples, work in (
+            ("sample", 2 * config.pairs * config.solver_steps, forward),
+            ("update", trained, both),
+        )
     }
-    plan = plan_batches(settings, processes)
     result = {
         "device": torch.cuda.get_device_name(), "config": json.loads(json.dumps(asdict(config), default=str)), "processes": processes, "versions": versions(),
         "batch_sizes": {"pairs in sampling": plan.sample_batch, "samples in training": plan.train_batch},
+        "trained_samples": trained,
         "seconds": seconds, "share_seconds": sum(whole.values()), "seconds_with_40_steps": whole,
         "epoch_gpu_seconds": 432 / config.pairs * sum(whole.values()),
         "tflop_per_sample": {"forward": forward, "forward and backward": both}, "ceiling_tflop_per_second": top, "rates": rates,

@@ -1,10 +1,30 @@
-"""How far the tiny preset's reward rises: several seeds, side by side, against guidance and true renderings.
+"""How far the tiny preset's reward rises, and at what cost: settings side by side, several seeds each, against true renderings.
 
 python benchmarks/learning.py --out docs/learning_4_minutes.md                                  # two CPU cores
 python benchmarks/learning.py --num-epochs 300 --parallel 3 --out docs/learning_300.md          # a GPU
+
+Subsets of the update's samples, 12 runs at a time on one GPU, with the logs kept; settings of a later call join those that are there:
+
+python benchmarks/learning.py --out subsets.md --logs subsets --num-epochs 200 --parallel 12 --minutes 9 \\
+    --flags="--eval-every 10 --max-batch-size 1024 --save-freq 1000" --settings all \\
+    "quarter=--train.steps-per-trajectory 2" "eighth=--train.steps-per-trajectory 2 --train.branches one" \\
+    "sixteenth=--train.steps-per-trajectory 1 --train.branches one"
+
+More pairs or more epochs for the same cost, and fewer solver steps scored on the full grid:
+
+python benchmarks/learning.py --out pairs.md --equal-cost --num-epochs 100 --settings all \
+    "epochs=--train.steps-per-trajectory 2 --train.branches one" \
+    "pairs=--train.steps-per-trajectory 2 --train.branches one --total-pairs-per-epoch 228"
+python benchmarks/learning.py --out grid.md --grid 16 --settings "16 steps=--sample.num-solver-steps 16" "8 steps"
+
+The cost of a run counts forwards of the network, as the full-size model takes them: 1 for a solver step of a trajectory, 2.2 for a
+sample of the update. Evaluations, rewards and start are left out of it. The plot beside --out shows held-out score against cost.
 """
 
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,34 +39,52 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from learning_tables import LearningRun, cost_of_epoch, plot, tables  # noqa: E402
+
+from fdfo.config.command_line import parse_train_config  # noqa: E402
+from fdfo.config.errors import UserError  # noqa: E402
 from fdfo.config.plan import ImageSettings  # noqa: E402
-from fdfo.config.presets import PRESETS
-from fdfo.evaluation.best_checkpoint import change  # noqa: E402
+from fdfo.config.presets import PRESETS  # noqa: E402
+from fdfo.distributed.launch import run_command_line  # noqa: E402
 from fdfo.evaluation.heldout import DEFAULT_PROMPTS  # noqa: E402
-from fdfo.evaluation.statistics import Change, evaluation_of  # noqa: E402
 from fdfo.method.draw import EVALUATION_SEED  # noqa: E402
 from fdfo.model.flow_model import FlowModel  # noqa: E402
 from fdfo.model.images import draw_images, encode_for_images  # noqa: E402
+from fdfo.run_folder.find_checkpoint import all_checkpoints, read_config  # noqa: E402
 from fdfo.storage.prompts import load_prompts  # noqa: E402
 from fdfo.tiny.scenes import parse_caption, render  # noqa: E402
 from rewards.clip import CLIP_MODELS, ClipScorer  # noqa: E402
 from rewards.scene import SceneScorer  # noqa: E402
 
+LOG, END = "training_log.jsonl", "end.json"
+
 
 @dataclass(frozen=True)
 class LearningConfig:
-    """Train the tiny preset with several seeds and report held-out scores."""
+    """Train the tiny preset with several settings and seeds, and report held-out scores and cost."""
 
     out: Path
-    """Markdown file for the result"""
+    """Markdown file for the result; the plot goes beside it"""
+    settings: tuple[str, ...] = ("defaults",)
+    """what to compare, the first against all others: a name, or NAME=FLAGS of train.py, separated by spaces"""
     seeds: tuple[int, ...] = (6, 7, 8)
     """seeds of the runs"""
     num_epochs: int = PRESETS["tiny"].num_epochs
-    """epochs of a run"""
+    """epochs of a run; --num-epochs among the flags of a setting wins"""
+    equal_cost: bool = False
+    """give each setting as many epochs as cost what --num-epochs of the first setting cost"""
+    grid: int | None = None
+    """also score each run's last checkpoint with that many solver steps, the same for settings that train with different ones"""
     parallel: int = 1
     """runs at the same time"""
     flags: str = ""
-    """further flags for train.py, separated by spaces: --flags="--churn.weight 0.05" """
+    """further flags for train.py in all settings, separated by spaces: --flags="--churn.weight 0.05" """
+    logs: Path | None = None
+    """folder that keeps the runs' logs; a run that is in it is not run again"""
+    minutes: float | None = None
+    """stop the runs after this time, and report how far they came"""
+    target: float = 92.0
+    """held-out scene score to report the cost of"""
 
 
 def references(device: torch.device) -> dict[str, dict[str, float]]:
@@ -65,64 +103,101 @@ def references(device: torch.device) -> dict[str, dict[str, float]]:
     return {name: {m: float(s.score(prompts, p).mean()) for m, s in scorers.items()} for name, p in pictures.items()}
 
 
-def run_seed(config: LearningConfig, seed: int) -> dict:
-    """Run train.py once; return its log, and the wall-clock seconds of the whole command."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", "--preset", "tiny", "--seed", seed, "--num-epochs", config.num_epochs]
-        command += ["--runs-dir", folder, *config.flags.split()]
-        start = time.monotonic()
-        done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        lines = next(Path(folder).glob("*/training_log.jsonl")).read_text().splitlines()
-        return {"seed": seed, "wall": time.monotonic() - start, "log": [json.loads(line) for line in lines]}
+def run_seed(config: LearningConfig, folder: Path, job: tuple[str, int], deadline: float) -> LearningRun:
+    """Run train.py once, for (setting, seed) unless its log is in the folder; read the log."""
+    setting, seed = job
+    name, _, flags = setting.partition("=")
+    kept = folder / f"{name}-{seed}"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory() as runs:
+            command = ["train.py", "--runs-dir", runs, "--seed", seed, "--num-epochs", epochs_of(config, setting)]
+            start = time.monotonic()
+            follow(config, [*command, *train_flags(config, setting)], deadline)
+            end = {"wall": time.monotonic() - start}
+            if config.grid is not None:
+                end["grid"] = score_on_grid(config, Path(runs))
+            keep(Path(runs), kept, end)
+    lines = [json.loads(line) for line in (kept / LOG).read_text().splitlines()]
+    return LearningRun(name, seed, read_config(kept), json.loads((kept / END).read_text()), lines)
 
 
-def described(rise: Change) -> str:
-    return f"{rise.before:.2f} -> {rise.after:.2f} ({rise.difference:+.2f} +- {rise.error:.2f})"
+def train_flags(config: LearningConfig, setting: str) -> list[str]:
+    return ["--preset", "tiny", *config.flags.split(), *setting.partition("=")[2].split()]
 
 
-def report(config: LearningConfig, levels: dict, runs: list[dict], device: torch.device) -> str:
-    command = f"python benchmarks/learning.py --num-epochs {config.num_epochs} --seeds {' '.join(map(str, config.seeds))}"
-    command += f' --flags="{config.flags}"' if config.flags else ""
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    lines = [f"`{command}` on {machine}, {config.parallel} run(s) at a time, torch {torch.__version__}.", ""]
-    lines += ["| held-out pictures | scene | scene_clip |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {row['scene']:.1f} | {row['scene_clip']:.2f} |" for name, row in levels.items()]
-    gap = levels["true renderings"]["scene"] - levels["base, guidance 1"]["scene"]
-    lines += ["", "| seed | scene before -> after | gap closed | scene_clip before -> after | training seconds | whole command |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for run in runs:
-        evaluations = [evaluation_of(line) for line in run["log"] if line["kind"] == "eval"]
-        scene, clip = (change(name, evaluations[0], evaluations[-1]) for name in ("scene", "scene_clip"))
-        seconds = sum(sum(line["seconds"].values()) for line in run["log"] if line["kind"] == "epoch")
-        cells = [
-            run["seed"],
-            described(scene),
-            f"{scene.difference / gap:.0%}",
-            described(clip),
-            f"{seconds:.0f}",
-            f"{run['wall']:.0f} s",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    width = max(1, config.num_epochs // 30)
-    lines += ["", f"Training reward, mean of every {width} epoch(s):", ""]
-    for run in runs:
-        rewards = [line["reward_mean"] for line in run["log"] if line["kind"] == "epoch"]
-        means = [sum(rewards[i : i + width]) / len(rewards[i : i + width]) for i in range(0, len(rewards), width)]
-        lines.append(f"- seed {run['seed']}: " + " ".join(f"{value:.1f}" for value in means))
-    return "\n".join(lines) + "\n"
+def epochs_of(config: LearningConfig, setting: str) -> int:
+    """Return the epochs of a setting's runs."""
+    if not config.equal_cost:
+        return config.num_epochs
+    first, own = (cost_of_epoch(parse_train_config(train_flags(config, one))).total for one in (config.settings[0], setting))
+    return round(config.num_epochs * first / own)
+
+
+def score_on_grid(config: LearningConfig, runs: Path) -> float:
+    """Return the held-out scene score of a run's newest checkpoint, drawn by metrics.py with config.grid solver steps."""
+    out, (run,) = runs / "grid.json", runs.glob("0*")
+    command = ["metrics.py", "--checkpoint", all_checkpoints(run)[-1], "--prompt-set", "tiny_heldout", "--metrics", "scene"]
+    command += ["--num-prompts", DEFAULT_PROMPTS, "--num-repeats", 2, "--num-inference-steps", config.grid, "--batch-size", 256]
+    follow(config, [*command, "--out", out], math.inf)
+    return json.loads(out.read_text())["results"][0]["metrics"]["scene"]["mean"]
+
+
+def follow(config: LearningConfig, script: list[object], deadline: float) -> None:
+    """Run a script of the project until it ends, or stop it by SIGTERM at the deadline. Raises UserError if it fails."""
+    command = [sys.executable, *map(str, script)]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // config.parallel))
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            process.wait(None if math.isinf(deadline) else max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        errors.seek(0)
+        if process.returncode not in (0, -15):  # -15 before the run could listen to it
+            raise UserError(f"{' '.join(command)} failed: {errors.read()[-2000:]}")
+
+
+def keep(runs: Path, kept: Path, end: dict[str, float]) -> None:
+    """Copy what the report needs of a run. Raises UserError if it was stopped before its first epoch."""
+    found = list(runs.glob(f"*/{LOG}"))
+    if not found:
+        raise UserError(f"{kept.name} was stopped before it began: give more --minutes, or fewer runs.")
+    partial = kept.with_suffix(".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    for name in (LOG, "config.json"):
+        shutil.copy(found[0].with_name(name), partial)
+    (partial / END).write_text(json.dumps(end))
+    partial.rename(kept)
 
 
 def main(config: LearningConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    levels = references(device)
-    with ThreadPoolExecutor(config.parallel) as pool:
-        runs = list(pool.map(lambda seed: run_seed(config, seed), config.seeds))
-    text = report(config, levels, runs, device)
+    names = [setting.partition("=")[0] for setting in config.settings]
+    if len(set(names)) < len(names):
+        raise UserError("--settings gives a name twice: choose another.")
+    deadline = time.monotonic() + (60 * config.minutes if config.minutes is not None else math.inf)
+    jobs = [(setting, seed) for seed in config.seeds for setting in config.settings]  # so that the first seeds end first
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(config.parallel) as pool:
+        folder = config.logs or Path(temporary)
+        runs = list(pool.map(lambda job: run_seed(config, folder, job, deadline), jobs))
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    command = f"python benchmarks/learning.py {' '.join(map(quoted, sys.argv[1:]))}"
+    head = f"`{command}` on {machine}, {config.parallel} run(s) at a time, torch {torch.__version__}."
+    runs.sort(key=lambda run: (names.index(run.setting), run.seed))
+    image = config.out.with_suffix(".png")
+    plot(image, runs, config.target)
+    text = "\n".join(
+        [head, "", f"![Held-out score against cost]({image.name})", "", tables(runs, references(device), config.target)]
+    )
     config.out.write_text(text, encoding="utf-8")
     print(text)
 
 
+def quoted(word: str) -> str:
+    return f'"{word}"' if " " in word else word
+
+
 if __name__ == "__main__":
-    main(tyro.cli(LearningConfig))
+    run_command_line(lambda: main(tyro.cli(LearningConfig)))

@@ -13,6 +13,7 @@ from test_training import comparable, first_rollout, log_of, small
 
 from fdfo.config.command_line import parse_train_config
 from fdfo.config.errors import UserError
+from fdfo.config.options import flat, to_dict
 from fdfo.config.plan import plan_batches
 from fdfo.config.presets import PRESETS
 from fdfo.config.train_options import OptimConfig, SampleConfig, TrainConfig
@@ -132,6 +133,15 @@ def test_the_plan_counts_what_is_trained():
     assert "34560 samples in 4" in plan_batches(TrainConfig(), 8).describe()
     with pytest.raises(UserError, match="more than its 2 samples"):
         plan_batches(dataclasses.replace(config, train=OptimConfig(steps_per_trajectory=1), total_pairs_per_epoch=1), 1)
+
+
+def test_the_fast_preset_is_the_default_on_a_subset():
+    config = parse_train_config(["--preset", "sd35-medium-fast"])
+    default, found = flat(to_dict(TrainConfig())), flat(to_dict(config))
+    different = {name for name in found if found[name] != default[name]}
+    assert different == {"preset", "train.steps_per_trajectory", "train.branches"}
+    plan = plan_batches(config, 8)
+    assert 8 * plan.samples <= plan_batches(TrainConfig(), 8).samples and plan.pairs == (54,) * 8
 
 
 # -- rollout and update

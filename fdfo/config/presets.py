@@ -4,6 +4,7 @@ from fdfo.config.train_options import ChurnConfig, OptimConfig, SampleConfig, Tr
 
 PRESETS = {
     "sd35-medium": TrainConfig(),
+    "sd35-medium-fast": TrainConfig(preset="sd35-medium-fast", train=OptimConfig(steps_per_trajectory=5, branches="one")),
     "sd35-medium-24gb": TrainConfig(
         preset="sd35-medium-24gb",
         vlm_model_name="qwenvl-3b",
