@@ -144,7 +144,7 @@ def seed_table(runs: list[LearningRun], levels: dict[str, dict[str, float]]) -> 
         evaluations = [evaluation_of(line) for line in run.of("eval")]
         scene, clip = (change(name, evaluations[0], evaluations[-1]) for name in ("scene", "scene_clip"))
         share = f"{scene.difference / gap:.0%}"
-        times = f"{sum(run.seconds()):.0f}", f"{run.end['wall']:.0f} s", f"{run.end.get('grid', math.nan):.2f}"
+        times = f"{sum(run.seconds()):.0f}", f"{run.end['wall']:.0f} s", f"{run.end['grid']:.2f}" if "grid" in run.end else "-"
         rows.append([run.setting, run.seed, evaluations[-1].epoch, described(scene), share, described(clip), *times])
     head = ["setting", "seed", "epochs", "scene before -> after", "gap closed", "scene_clip before -> after"]
     return table([*head, "training seconds", "whole command", "scene with --grid"], rows)

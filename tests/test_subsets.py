@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import signal
 from pathlib import Path
 
@@ -208,6 +209,21 @@ def test_the_options_train_on_subsets(job: Job, tmp_path: Path):
     host = train(job, small(tmp_path / "host", offload_trajectories=True, **changes))
     assert comparable(plain.folder) == comparable(host.folder)
     assert all(step["applied"] for step in log_of(plain.folder, "step"))
+
+
+def test_cost_counts_what_is_trained(monkeypatch: pytest.MonkeyPatch):
+    """benchmarks/learning_tables.py: forwards of sampling, and 2.2 for a sample of the update; scores lie on lines between evaluations."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from learning_tables import Cost, LearningRun, at_cost, cost_of
+
+    log = [{"kind": "eval", "epoch": epoch, "scores": {"scene": [score]}} for epoch, score in ((0, 60.0), (10, 80.0), (20, 90.0))]
+    runs = {name: LearningRun(name, 6, few(Path(), steps, branches), {}, log) for name, steps, branches in
+            (("all", None, "both"), ("few", 2, "one"))}  # fmt: skip
+    assert runs["all"].cost == Cost(12, 48, 48) and runs["few"].cost == Cost(12, 48, 12)
+    assert runs["few"].cost.total == pytest.approx(48 + 2.2 * 12)
+    assert cost_of(runs["few"], 85.0) == pytest.approx(15 * runs["few"].cost.total) and cost_of(runs["few"], 60.0) == 0
+    assert at_cost(runs["all"], 5 * runs["all"].cost.total) == pytest.approx(70)
+    assert math.isnan(cost_of(runs["all"], 95.0)) and math.isnan(at_cost(runs["all"], 21 * runs["all"].cost.total))
 
 
 # -- processes, stops, resumes
