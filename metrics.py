@@ -61,7 +61,7 @@ def folder_work(job: Job, config: MetricsConfig) -> "tuple[list[str], Sets]":
     from fdfo.evaluation.image_folder import find_images
     from fdfo.evaluation.image_sets import folder_set
 
-    entries = job.on_main(lambda: find_images(config.images, config.prompt_set))
+    entries = job.on_main(lambda: find_images(config.images, config.prompt_set, config.as_published))
     job.print(f"{sum(len(entry.files) for entry in entries)} images of {len(entries)} prompts in {config.images}")
     return [entry.text for entry in entries], folder_set(job, config.images, entries)
 
@@ -73,7 +73,7 @@ def drawing_work(job: Job, config: MetricsConfig) -> "tuple[list[str], Sets]":
     from fdfo.storage.hub import load_prompt_set
 
     def find() -> tuple:
-        prompts = load_prompt_set(config.prompt_set)
+        prompts = load_prompt_set(config.prompt_set, config.as_published)
         chosen = choose_prompts(prompts, config.num_prompts, config.prompt_seed)
         subjects = find_subjects(config)
         if config.save_images is not None:
@@ -96,7 +96,8 @@ def evaluate(job: Job, config: MetricsConfig, prompts: list[str], image_sets: "S
     from rewards.registry import VlmSettings, build_scorers
     from rewards.scorer import check_prompts, describe
 
-    scorers = build_scorers(config.metrics, job, VlmSettings(config.vlm_model, config.vlm_use_fsdp))
+    vlm = VlmSettings(config.vlm_model, config.vlm_use_fsdp)
+    scorers = build_scorers(config.metrics, job, vlm, as_published=config.as_published)
     check_prompts(scorers, prompts)
     clock, results, broken = StageClock(job.device), [], []
     for subject, images in clock.each("pictures", image_sets):

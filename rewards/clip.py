@@ -13,6 +13,7 @@ CLIP_MODELS = {  # name: (model, processor), hub ids or folders
     "clip_l14": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14"),
     "scene_clip": (str(SCENE_CLIP), str(SCENE_CLIP)),
 }
+PUBLISHED_PROCESSORS = {"pickscore": "yuvalkirstain/PickScore_v1"}  # of the published figures of metrics, where it differs
 MAX_BATCH = 64
 
 

@@ -82,11 +82,16 @@ class VlmSettings:
 
 
 def build_scorers(
-    names: Iterable[str], job: Job, vlm: VlmSettings = VlmSettings(), offloaded: Collection[str] = ()
+    names: Iterable[str],
+    job: Job,
+    vlm: VlmSettings = VlmSettings(),
+    offloaded: Collection[str] = (),
+    as_published: bool = False,
 ) -> dict[str, Scorer | SetScorer]:
     """Build the scorers of these names on the job's device; load the VLM once for all its questions. Raises UserError.
 
-    offloaded: those whose models wait in host memory between their calls if there is a GPU.
+    offloaded: those whose models wait in host memory between their calls if there is a GPU. as_published: take the processors with
+    which the published figures of metrics were made.
     """
     scorers, judge, offload = {}, None, Offload(job.device)
     offloaded = set(offloaded) if job.device.type == "cuda" else set()
@@ -98,19 +103,20 @@ def build_scorers(
             judge = judge or Vlm(vlm.model, job, vlm.use_fsdp, whole=bool(vlm_names & offloaded))
             scorer = VlmScorer(judge, QUESTIONS[name], "training" if name in VLM_TRAINING_SCORERS else "metrics")
         else:
-            scorer = build_scorer(name, job)
+            scorer = build_scorer(name, job, as_published)
         scorers[name] = offload(scorer) if name in offloaded else scorer
     return scorers
 
 
-def build_scorer(name: str, job: Job) -> Scorer | SetScorer:
+def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | SetScorer:
     """Build one scorer that shares no model with others: any but the VLM's."""
     if ":" in name:
         return _own_scorer(name, job.device)
     if name in CLIP_SCORERS:
-        from rewards.clip import CLIP_MODELS, ClipScorer
+        from rewards.clip import CLIP_MODELS, PUBLISHED_PROCESSORS, ClipScorer
 
-        return ClipScorer(*CLIP_MODELS[name], job.device)
+        model, processor = CLIP_MODELS[name]
+        return ClipScorer(model, PUBLISHED_PROCESSORS.get(name, processor) if as_published else processor, job.device)
     if name == "scene":
         from rewards.scene import SceneScorer
 

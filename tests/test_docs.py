@@ -12,6 +12,7 @@ from test_training import log_of, small
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from fdfo.config.errors import UserError
+from fdfo.config.tool_options import MetricsConfig
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.method.trainer import train
@@ -75,7 +76,7 @@ def test_the_rewards_of_the_page_train(page: Path, job: Job, tmp_path: Path, mod
 def test_the_pages_name_flags_that_exist():
     flags = {flag for text in (METHOD, REWARDS) for flag in re.findall(r"--([a-z][\w.-]*[a-z])", text)}
     known = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
-    metrics = {"prompt-set", "num-prompts", "num-repeats", "metrics", "checkpoint"}
+    metrics = {name.replace("_", "-") for name in MetricsConfig.__dataclass_fields__}
     assert {flag.partition(".")[0] for flag in flags} <= known | metrics
 
 

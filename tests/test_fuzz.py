@@ -19,7 +19,7 @@ from fdfo.config.train_options import TrainConfig
 from fdfo.model.lora import read_adapter_config
 from fdfo.run_folder.find_checkpoint import find_checkpoint, read_config
 from fdfo.run_folder.model_card import Origin, model_card
-from fdfo.storage.hub import ADAPTER, check_adapter_files, download_folder
+from fdfo.storage.hub import ADAPTER, check_adapter_files, download_folder, hub_place
 from fdfo.storage.prompts import LONGEST_PROMPT, load_prompts
 
 fuzz = settings(
@@ -82,7 +82,7 @@ def test_names_of_prompt_sets_and_checkpoints(folder: Path, name: str):
 def test_hub_names(folder: Path, start: str, end: str):
     """The hub is out of reach, so that every name ends with a sentence; those that lead elsewhere do before it is asked."""
     with pytest.raises(UserError) as error:
-        download_folder(start + end)
+        download_folder(hub_place(start + end))
     if ".." in (start + end).split("/"):
         assert "not a folder on the hub" in str(error.value) or "points outside" in str(error.value)
 

@@ -110,6 +110,8 @@ def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsCon
         raise UserError("--per-prompt goes into the JSON file: add --out.")
     if config.num_prompts * config.num_repeats > MOST_SCORED:
         raise UserError(f"--num-prompts x --num-repeats is more than {MOST_SCORED:,} images: lower one of them.")
+    if config.published_processes is not None and not config.as_published:
+        raise UserError("--published-processes has no effect without --as-published: give both, or leave it out.")
     if config.images is not None:
         check_no_drawing(config)
     return config
@@ -117,7 +119,7 @@ def parse_metrics_config(argv: Sequence[str], quiet: bool = False) -> MetricsCon
 
 DRAWING_FIELDS = (
     "checkpoint", "preset", "pretrained_model", "num_prompts", "num_repeats", "save_images", "prompt_seed", "image_seed",
-    "width", "height", "num_inference_steps", "guidance_scale", "batch_size",
+    "published_processes", "width", "height", "num_inference_steps", "guidance_scale", "batch_size",
 )  # fmt: skip
 
 
@@ -126,6 +128,8 @@ def check_no_drawing(config: MetricsConfig) -> None:
     for name in DRAWING_FIELDS:
         if getattr(config, name) != MetricsConfig.__dataclass_fields__[name].default:
             raise UserError(f"--{name.replace('_', '-')} has no effect with --images, which scores a folder: leave it out.")
+    if config.as_published and config.prompt_set != "hpdv2" and "pickscore" not in config.metrics:
+        raise UserError("--as-published has an effect with --images on pickscore and on hpdv2 alone: leave it out.")
 
 
 def parse_export_config(argv: Sequence[str]) -> ExportConfig:

@@ -13,6 +13,7 @@ CHURN_DEFAULTS = {
     "interval": {"weight": 1.0, "weight_sd": 0.0, "mu": 1.0, "sd": 1.5, "soft_sd": 0.25},
     "prior": {"weight": 0.1, "weight_sd": 1.0},
 }
+PUBLISHED_PROCESSES = 8  # on which the published figures were made (docs/method.md 5)
 
 LEAST_CHURN = 1e-14  # below, float32 rounds away the noise that parts the branches: its amount is about sqrt(2 gamma)
 
@@ -128,9 +129,11 @@ class ImageSettings:
     steps: int
     guidance: float
     batch_size: int
+    published_processes: int | None = None  # seeds and rounding of the published code on that many processes; None: this code's
 
     def describe(self) -> str:
-        return f"{self.width} x {self.height}, {self.steps} steps, guidance {self.guidance}"
+        way = "" if self.published_processes is None else f", as published on {self.published_processes} process(es)"
+        return f"{self.width} x {self.height}, {self.steps} steps, guidance {self.guidance}{way}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,13 @@ class ImagePlan:
     half_precision: bool
     prompt_set: str
     settings: ImageSettings
+
+
+def published_processes(config: GenerateConfig | MetricsConfig) -> int | None:
+    """Return the number of processes whose published way of drawing is asked for; None for this code's own way."""
+    if not isinstance(config, MetricsConfig) or not config.as_published:
+        return None
+    return config.published_processes or PUBLISHED_PROCESSES
 
 
 def plan_images(config: GenerateConfig | MetricsConfig, run: TrainConfig | None, guidance: float | None) -> ImagePlan:
@@ -159,6 +169,7 @@ def plan_images(config: GenerateConfig | MetricsConfig, run: TrainConfig | None,
         first(config.num_inference_steps, base.sample.num_solver_steps),
         first(config.guidance_scale, guidance, base.sample.guidance_scale),
         config.batch_size,
+        published_processes(config),
     )
     prompt_set = "tiny_heldout" if base.preset == "tiny" else "showcase"
     return ImagePlan(config.pretrained_model or base.pretrained_model, base.precision != "fp32", prompt_set, settings)

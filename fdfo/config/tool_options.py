@@ -13,7 +13,7 @@ from fdfo.config.options import Count, Name, Options, Text
 class GenerateConfig(Options):
     """Draw a grid of images with a checkpoint, or with the base model."""
 
-    out: Path
+    out: Path = Path("out.jpg")
     """image file to write (.jpg or .png)"""
     checkpoint: Text | None = None
     """checkpoint folder, run folder, hub URL or hf:OWNER/NAME/FOLDER; the base model if left out"""
@@ -49,7 +49,7 @@ class GenerateConfig(Options):
 class MetricsConfig(Options):
     """Score the images that checkpoints, or the base model, draw for a prompt set; or score a folder of images."""
 
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...] = ("pickscore",)
     """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, dreamsim_diversity, pixel_diversity, scene,
     scene_clip; vlm_..._train asks the question of training; MODULE:CLASS is a scorer of your own"""
     checkpoint: tuple[Text, ...] = ()
@@ -62,7 +62,7 @@ class MetricsConfig(Options):
     images: Path | None = None
     """score the images of this folder instead of drawing any. Each entry, an image or a sub-folder of images, belongs to one prompt:
     named by the prompt's number in the prompt set, from 0 (000012.png, 000012/1.png), or by the prompt itself (a red fox.png)"""
-    prompt_set: str = "pickscore_train"
+    prompt_set: str = "hpdv2"
     """name in prompt_sets/, or a text file with one prompt per line"""
     num_prompts: Count = 500
     """number of prompts: the first of the shuffled set"""
@@ -78,6 +78,11 @@ class MetricsConfig(Options):
     """seed of the order of prompts"""
     image_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """seed of the first image; each further image adds 1"""
+    as_published: bool = False
+    """draw and score as the published figures were made (docs/method.md 5): their seeds, their rounding to 8 bits, PickScore's own
+    processor, and the prompts of hpdv2 without any change"""
+    published_processes: Count | None = None
+    """with --as-published: the number of processes whose seeds are drawn, whatever the number here (8)"""
     width: Count | None = None
     """width of an image, pixels (512)"""
     height: Count | None = None

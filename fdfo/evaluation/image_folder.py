@@ -23,11 +23,12 @@ class PromptImages:
     files: tuple[Path, ...]
 
 
-def find_images(folder: Path, prompt_set: str) -> list[PromptImages]:
+def find_images(folder: Path, prompt_set: str, as_published: bool = False) -> list[PromptImages]:
     """Return what a folder holds, prompt by prompt. Each entry, an image or a sub-folder of images, belongs to one prompt.
 
     If all names are numbers, they are the prompts' numbers in the prompt set, from 0: 000012.png, or
     000012/0.png and 000012/1.png. If none is, a name is the prompt itself: "a red fox.png". Raises UserError otherwise.
+    as_published: prompts as load_prompt_set knows them.
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: give --images a folder of images.")
@@ -46,7 +47,7 @@ def find_images(folder: Path, prompt_set: str) -> list[PromptImages]:
     if len(numbered) < len(found):
         other = next(name for name in found if not name.isdecimal())
         raise UserError(f"{folder} mixes numbers ({numbered[0]}) and prompts ({other}) as names: use one of the two.")
-    prompts = load_prompt_set(prompt_set)
+    prompts = load_prompt_set(prompt_set, as_published)
     by_number: dict[int, list[Path]] = {}
     for name, files in found.items():
         by_number.setdefault(int(name), []).extend(files)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fdfo.config.errors import UserError
-from fdfo.config.plan import ImagePlan, plan_images
+from fdfo.config.plan import ImagePlan, plan_images, published_processes
 from fdfo.config.tool_options import MetricsConfig
 from fdfo.distributed.job import Job
 from fdfo.distributed.machine import progress_bar
@@ -120,17 +120,24 @@ class Share:
     several: bool  # there are several subjects, each with a folder of its own in --save-images
 
 
-def draw_share(job: Job, config: MetricsConfig, subject: Subject, share: Share) -> torch.Tensor:
-    """Draw this rank's images: [N, 3, H, W] uint8; save them as they come with --save-images.
+def seed_of(config: MetricsConfig, prompt: int, repeat: int) -> int:
+    """Return the seed of an image, from its prompt's index among the chosen ones and its repeat (docs/method.md 5).
 
-    The seed of an image is image_seed + (global prompt index) num_repeats + repeat (docs/method.md 5).
+    The published code deals the prompts out to its W processes in turn, and each counts its own: W prompts share a seed.
     """
+    world = published_processes(config)
+    place = prompt if world is None else prompt // world
+    return config.image_seed + place * config.num_repeats + repeat
+
+
+def draw_share(job: Job, config: MetricsConfig, subject: Subject, share: Share) -> torch.Tensor:
+    """Draw this rank's images: [N, 3, H, W] uint8; save them as they come with --save-images."""
     own, repeats, folder = job.share(len(share.chosen)), config.num_repeats, config.save_images
     if folder is not None and share.several:
         folder = folder / subject.label
     places = [(i, repeat) for i in own for repeat in range(repeats)]
     rows = [i - own.start for i, _ in places]
-    seeds = [config.image_seed + i * repeats + repeat for i, repeat in places]
+    seeds = [seed_of(config, i, repeat) for i, repeat in places]
     images: list[torch.Tensor] = []
     with progress_bar(job, len(places), "drawing") as bar:
         for batch in draw_images(share.model, share.text, rows, seeds, subject.plan.settings):

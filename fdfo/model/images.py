@@ -21,6 +21,14 @@ def quantised(images: torch.Tensor) -> torch.Tensor:
     return (255 * images.float()).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+def quantised_as_published(images: torch.Tensor) -> torch.Tensor:
+    """Return what the published code makes of images in [0, 1]: x 255 + 0.5 in their own type, cut to uint8, on the CPU.
+
+    In bfloat16 the sum is rounded before it is cut, so that many values come out one level higher (docs/method.md 5).
+    """
+    return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8).cpu()
+
+
 def finite_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Return which rows of [N, ...] are finite throughout: [N] bool."""
     return tensor.isfinite().flatten(1).all(1)
@@ -94,4 +102,4 @@ def draw_images(
                 f"{broken} of {len(images)} images are not finite: the adapter is damaged, or was trained until it broke; take an "
                 "earlier checkpoint."
             )
-        yield quantised(images)
+        yield quantised(images) if settings.published_processes is None else quantised_as_published(images)

@@ -3,7 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from fdfo.config.command_line import check_train_config
 from fdfo.config.errors import UserError
@@ -12,7 +12,7 @@ from fdfo.config.train_options import TrainConfig
 from fdfo.model.lora import read_adapter_config
 from fdfo.run_folder.lora_file import LORA_FILE
 from fdfo.storage.atomic_files import read_sealed
-from fdfo.storage.hub import ADAPTER, ADAPTER_CONFIG, check_adapter_files, download_folder
+from fdfo.storage.hub import ADAPTER, ADAPTER_CONFIG, check_adapter_files, download_folder, hub_place
 
 AUTO, BEST = "auto", "best"
 CONFIG = "config.json"
@@ -28,14 +28,15 @@ class Checkpoint:
 
     folder: Path
     run: Path | None  # the run folder, with a config.json
+    published: PurePosixPath | None = None  # OWNER/NAME/FOLDER on the hub, if it comes from there
 
     @property
     def run_name(self) -> str:
-        return self.run.name if self.run is not None else self.folder.resolve().parent.name
+        return self.run.name if self.run is not None else (self.published or self.folder.resolve()).parent.name
 
     @property
     def label(self) -> str:
-        return f"{self.run_name}/{self.folder.name}"
+        return f"{self.run_name}/{(self.published or self.folder).name}"
 
     @property
     def resumable(self) -> bool:
@@ -101,11 +102,11 @@ def find_auto_start(config: TrainConfig) -> Start:
 def find_checkpoint(text: str) -> Checkpoint:
     """Find the checkpoint that a user names: a checkpoint folder, a run folder (its newest intact one), or a folder on the hub.
 
-    Hub names are https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER and hf:OWNER/NAME/FOLDER; only that folder's adapter is
-    downloaded. Raises UserError if there is no adapter, or if the training state beside it is damaged.
+    Of a hub repository only that folder's adapter is downloaded. Raises UserError if there is no adapter, or if the training state
+    beside it is damaged.
     """
-    hub = "://" in text or text.startswith("hf:")
-    folder = download_folder(text) if hub else Path(text)
+    place = hub_place(text)
+    folder = Path(text) if place is None else download_folder(place)
     if folder.name == BEST and folder.is_symlink():
         folder = folder.resolve()
     if os.path.isdir(folder / "checkpoints"):
@@ -117,7 +118,9 @@ def find_checkpoint(text: str) -> Checkpoint:
     check_adapter_files(folder, text)
     read_adapter_config(folder)
     parent = folder.resolve().parent
-    in_run = not hub and parent.name == "checkpoints" and (parent.parent / CONFIG).is_file()
+    if place is not None:
+        return Checkpoint(folder, None, place.path)
+    in_run = parent.name == "checkpoints" and (parent.parent / CONFIG).is_file()
     return Checkpoint(folder, parent.parent if in_run else None)
 
 

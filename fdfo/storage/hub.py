@@ -5,8 +5,9 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import diffusers
 import torch
@@ -24,8 +25,8 @@ BUNDLED_MODELS = {"tiny": TINY_MODEL}
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 HPDV2 = "zhwang/HPDv2"
 HPDV2_STYLES, HPDV2_SIZE = ("anime", "concept-art", "paintings", "photo"), 3200
-HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/tree/([\w.-]+)/([\w./-]+?)/?", re.ASCII)
-HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+?)/?", re.ASCII)
+HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)(?:/tree/([\w.-]+)(?:/([\w./-]+?))?)?/?", re.ASCII)
+HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+?)()(?:/([\w./-]+?))?/?", re.ASCII)
 TransportError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)  # httpx's in hub 1, httpx2's in hub 2
 diffusers.utils.logging.disable_progress_bar()  # a bar for every part of every model, on every rank
 transformers.utils.logging.disable_progress_bar()
@@ -69,34 +70,58 @@ def check_adapter_files(folder: Path, name: object) -> None:
         )
 
 
-def download_folder(text: str) -> Path:
-    """Download the adapter in one folder of a hub repository, unless it is cached. Raises UserError."""
-    if match := HUB_URL.fullmatch(text):
-        repository, revision, folder = match.groups()
-    elif match := HUB_SHORT.fullmatch(text):
-        (repository, folder), revision = match.groups(), "main"
-    else:
+@dataclass(frozen=True)
+class HubPlace:
+    """A folder of a model repository on the hub."""
+
+    repository: str  # OWNER/NAME
+    revision: str
+    folder: PurePosixPath  # in the repository; "." is its root
+
+    @property
+    def path(self) -> PurePosixPath:
+        """OWNER/NAME/FOLDER."""
+        return PurePosixPath(self.repository) / self.folder
+
+
+def hub_place(text: str) -> HubPlace | None:
+    """Return what a hub name means, None for the name of something on this machine. Raises UserError for a malformed one.
+
+    Hub names are https://huggingface.co/OWNER/NAME, the same with /tree/REVISION or /tree/REVISION/FOLDER, and hf:OWNER/NAME or
+    hf:OWNER/NAME/FOLDER. Without a folder the adapter lies at the root of the repository; without a revision it is main.
+    """
+    if "://" not in text and not text.startswith("hf:"):
+        return None
+    match = HUB_URL.fullmatch(text) or HUB_SHORT.fullmatch(text)
+    if match is None:
         raise UserError(
-            f"{text[:300]!r} is not a folder on the hub: write https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER or hf:OWNER/NAME/FOLDER."
+            f"{text[:300]!r} is not a folder on the hub: write https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER or "
+            "hf:OWNER/NAME/FOLDER, and leave FOLDER out if the adapter lies at the root."
         )
-    if {"..", ".", ""} & {*repository.split("/"), revision, *folder.split("/")}:
+    repository, revision, folder = match[1], match[2] or "main", match[3] or ""
+    if {"..", "."} & {*repository.split("/"), revision, *folder.split("/")} or "" in (folder or "x").split("/"):
         raise UserError(f"{text[:300]!r} points outside its repository: give plain names.")
-    with hub_errors(repository):
-        files = [f"{folder}/{name}" for name in (ADAPTER_CONFIG, ADAPTER)]
-        root = snapshot_download(repository, revision=revision, allow_patterns=files)
-    return Path(root) / folder
+    return HubPlace(repository, revision, PurePosixPath(folder))
 
 
-def load_prompt_set(name: str) -> list[str]:
-    """Load the prompts of a set by its name, or of a text file; fetch hpdv2 on its first use. Raises UserError."""
-    return load_prompts(fetch_prompt_set(name))
+def download_folder(place: HubPlace) -> Path:
+    """Download the adapter in one folder of a hub repository, unless it is cached. Raises UserError."""
+    with hub_errors(place.repository):
+        files = [str(place.folder / name) for name in (ADAPTER_CONFIG, ADAPTER)]
+        root = snapshot_download(place.repository, revision=place.revision, allow_patterns=files)
+    return Path(root) / place.folder
 
 
-def fetch_prompt_set(name: str) -> str:
-    """Fetch hpdv2 into prompt_sets/ on its first use, whole or not at all; return the name. Raises UserError."""
-    path = PROMPT_SETS / "hpdv2.txt"
-    if name != "hpdv2" or path.is_file():
-        return name
+def load_prompt_set(name: str, as_published: bool = False) -> list[str]:
+    """Load the prompts of a set by its name, or of a text file; fetch hpdv2 on its first use. Raises UserError.
+
+    as_published: hpdv2 has the strings of its JSON files as they are, with line breaks and blanks at the ends.
+    """
+    return read_hpdv2() if as_published and name == "hpdv2" else load_prompts(fetch_prompt_set(name))
+
+
+def read_hpdv2() -> list[str]:
+    """Read the prompts of hpdv2 from the hub, or from its cache. Raises UserError."""
     prompts = []
     with hub_errors(f"The prompt set hpdv2 (hub dataset {HPDV2})"):
         for style in HPDV2_STYLES:
@@ -104,9 +129,18 @@ def fetch_prompt_set(name: str) -> str:
             part = json.loads(Path(file).read_text(encoding="utf-8"))
             if not isinstance(part, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in part):
                 raise ValueError(f"benchmark/{style}.json is not a list of prompts")
-            prompts += [" ".join(prompt.splitlines()) for prompt in part]  # a line is a prompt
+            prompts += part
         if len(prompts) != HPDV2_SIZE:
             raise ValueError(f"it has {len(prompts)} prompts, {HPDV2_SIZE} were published")
+    return prompts
+
+
+def fetch_prompt_set(name: str) -> str:
+    """Fetch hpdv2 into prompt_sets/ on its first use, whole or not at all; return the name. Raises UserError."""
+    path = PROMPT_SETS / "hpdv2.txt"
+    if name != "hpdv2" or path.is_file():
+        return name
+    prompts = [" ".join(prompt.splitlines()) for prompt in read_hpdv2()]  # a line is a prompt
     try:
         write_text(path, "\n".join(prompts) + "\n")
     except OSError as error:
