@@ -43,7 +43,7 @@ def generate(config: GenerateConfig) -> None:
     with start_job() as job:
         if job.world_size > 1:
             raise UserError("generate.py runs as one process: start it with python, not with torchrun.")
-        model = load_for_images(plan, checkpoint.folder if checkpoint else None, job.device)
+        model = load_for_images(plan, checkpoint.adapter if checkpoint else None, job.device)
         rows = [row for row in range(len(prompts)) for _ in range(config.grid_cols * config.grid_rows)]
         seeds = [config.seed + i for i in range(len(rows))]
         print(f"{len(rows)} images by {plan.model}, {plan.settings.describe()}", flush=True)

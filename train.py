@@ -33,14 +33,15 @@ def read_command_line(argv: list[str]) -> "tuple[TrainConfig, Start | None]":
     resume_from = flag_value(argv, "--resume-from")
     if not resume_from:
         return parse_train_config(argv), None
-    from fdfo.run_folder.find_checkpoint import AUTO, find_auto_start, find_start, read_config
+    from fdfo.run_folder.find_checkpoint import AUTO, find_auto_start, find_start, read_config, with_lora_of
 
     if resume_from == AUTO:
         config = parse_train_config(argv)
         return config, find_auto_start(config)
     start = find_start(resume_from)
     if not start.resumed:
-        return parse_train_config(argv), start
+        given = [name for name in ("lora_rank", "lora_alpha") if flag_value(argv, f"--{name.replace('_', '-')}")]
+        return with_lora_of(parse_train_config(argv), start, given), start
     config = parse_train_config(argv, read_config(start.run))
     check_own_code(argv, config)
     if flag_value(argv, "--runs-dir") and config.runs_dir.resolve() != start.run.parent:

@@ -28,9 +28,10 @@ from fdfo.model.flow_model import FlowModel
 from fdfo.model.images import draw_images, encode_for_images, load_for_images
 from fdfo.model.lora import LORA_TARGETS
 from fdfo.run_folder.find_checkpoint import CARD, STATE, find_checkpoint, find_start, read_state, saved_config
-from fdfo.run_folder.lora_file import LORA_FILE, read_lora
+from fdfo.run_folder.lora_file import read_lora
 from fdfo.run_folder.model_card import Origin, model_card
 from fdfo.storage.atomic_files import seal
+from fdfo.storage.hub import LORA_FILE
 from fdfo.tiny import TEXT_TOKENS, TINY_MODEL
 
 PROMPTS = ["a red circle on a white background", "a blue ring above a green cross on a black background"]

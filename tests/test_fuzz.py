@@ -16,9 +16,9 @@ from fdfo.config.plan import plan_batches, plan_images
 from fdfo.config.presets import PRESETS
 from fdfo.config.tool_options import GenerateConfig
 from fdfo.config.train_options import TrainConfig
-from fdfo.model.lora import read_adapter_config
 from fdfo.run_folder.find_checkpoint import find_checkpoint, read_config
 from fdfo.run_folder.model_card import Origin, model_card
+from fdfo.storage.adapters import read_adapter_config
 from fdfo.storage.hub import ADAPTER, check_adapter_files, download_folder, hub_place
 from fdfo.storage.prompts import LONGEST_PROMPT, load_prompts
 

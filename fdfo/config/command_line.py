@@ -140,6 +140,8 @@ def parse_export_config(argv: Sequence[str]) -> ExportConfig:
     for flag, folder in (("--lora", config.lora), ("--merge", config.merge)):
         if folder is not None and os.path.lexists(folder):
             raise UserError(f"{folder} exists already: give {flag} the name of a new folder.")
+    if config.format is not None and config.lora is None:
+        raise UserError("--format has no effect without --lora, since a merged pipeline has no LoRA: leave it out.")
     if config.dtype is not None and config.merge is None:
         raise UserError("--dtype has no effect without --merge, since a LoRA is written in float32: leave it out.")
     return config

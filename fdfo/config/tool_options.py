@@ -104,9 +104,12 @@ class ExportConfig(Options):
     """Write a checkpoint for use elsewhere: as a LoRA that diffusers loads, or merged into a whole pipeline."""
 
     checkpoint: Text
-    """checkpoint folder, run folder (its newest intact checkpoint), hub URL or hf:OWNER/NAME/FOLDER"""
+    """checkpoint folder, run folder (its newest intact checkpoint), hub URL, hf:OWNER/NAME/FOLDER, or a LoRA file of another program"""
     lora: Path | None = None
-    """new folder for the LoRA in diffusers' format and its model card"""
+    """new folder for the LoRA and its model card; for Stable Diffusion 3.5 Medium also with a workflow for ComfyUI"""
+    format: Literal["diffusers", "sdnext"] | None = None
+    """with --lora: names of its tensors, lora_A and lora_B as diffusers and ComfyUI read them (the default), or lora_down and lora_up
+    for SD.Next"""
     merge: Path | None = None
     """new folder for the whole pipeline with the LoRA merged in, and its model card"""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None

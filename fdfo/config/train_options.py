@@ -91,7 +91,7 @@ class TrainConfig(Options):
     keep_every: Annotated[Count | None, FREE] = None
     """with --keep-last: also keep every checkpoint whose epoch is a multiple of this"""
     resume_from: Annotated[Text | None, FREE] = None
-    """run folder (its newest intact checkpoint), checkpoint folder or hub URL to start from. auto: resume the run with the highest
+    """run folder (its newest intact checkpoint), checkpoint folder, hub URL, or a LoRA file of another program to start from. auto: resume the run with the highest
     number in --runs-dir whose settings equal this command line's, or start a new run if there is none; flags that do not affect
     results may differ"""
     strict: Annotated[bool, FREE] = False
@@ -99,9 +99,9 @@ class TrainConfig(Options):
     timeout_minutes: Annotated[float, Field(gt=0, le=1e5), FREE] = 30.0
     """minutes without progress (a micro-batch, an optimizer step, a stage) after which the job ends"""
     lora_rank: Count = 32
-    """rank of the LoRA"""
-    lora_alpha: Count = 64
-    """alpha of the LoRA; its output is scaled by alpha / rank"""
+    """rank of the LoRA; a run that starts from an adapter takes over the adapter's"""
+    lora_alpha: Annotated[int | float, Field(gt=0, le=1_000_000)] = 64
+    """alpha of the LoRA; its output is scaled by alpha / rank. Taken over like the rank"""
     vlm_model_name: str = "qwenvl-7b"
     """judge of the vlm rewards: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""
     vlm_use_fsdp: Annotated[bool, FREE] = True

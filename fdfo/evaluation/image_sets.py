@@ -85,7 +85,7 @@ def subject_of(config: MetricsConfig, checkpoint: Checkpoint | None, reference: 
         return Subject("base", "base", 0, plan=plan)
     number = re.fullmatch(r"epoch-(\d+)", checkpoint.folder.name)
     epoch, warning = int(number[1]) if number else None, guidance_warning(checkpoint, plan.settings.guidance)
-    return Subject(checkpoint.label, checkpoint.run_name, epoch, checkpoint.folder, plan, warning)
+    return Subject(checkpoint.label, checkpoint.run_name, epoch, checkpoint.adapter, plan, warning)
 
 
 def drawn_sets(

@@ -1,11 +1,13 @@
 """Write a checkpoint for use elsewhere: as a LoRA that diffusers loads, or merged into a whole pipeline.
 
 python -m fdfo.export runs/00000-combined-cfg_1p0 --lora my_lora
+python -m fdfo.export runs/00000-combined-cfg_1p0 --lora my_lora --format sdnext
 python -m fdfo.export runs/00000-combined-cfg_1p0 --merge my_pipeline
 python -m fdfo.export https://huggingface.co/OWNER/NAME/tree/REVISION/FOLDER --lora my_lora
 """
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from fdfo.config.command_line import parse_export_config
 from fdfo.config.errors import UserError
 from fdfo.config.presets import PRESETS
 from fdfo.config.tool_options import ExportConfig
+from fdfo.config.train_options import SD35_MEDIUM
 from fdfo.distributed.launch import run_command_line
 from fdfo.storage.atomic_files import atomic_folder
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from fdfo.run_folder.lora_file import Lora
     from fdfo.run_folder.model_card import Origin
 
+WORKFLOW = Path(__file__).parent / "comfyui_workflow.json"
 # Diffusers and PEFT take seconds to import. They are imported in the functions below, so that --help and mistakes answer at once.
 
 
@@ -33,17 +37,22 @@ def main() -> None:
 def export(config: ExportConfig) -> None:
     """Write the LoRA or the pipeline, with its model card. Raises UserError."""
     from fdfo.run_folder.find_checkpoint import CARD, find_checkpoint
-    from fdfo.run_folder.lora_file import read_lora, write_lora
+    from fdfo.run_folder.lora_file import SDNEXT_FILE, read_lora, write_lora, write_sdnext_lora
     from fdfo.run_folder.model_card import model_card
+    from fdfo.storage.hub import LORA_FILE
 
     checkpoint = find_checkpoint(config.checkpoint)
-    origin, lora, out = find_origin(config, checkpoint), read_lora(checkpoint.folder), config.merge or config.lora
+    origin, lora, out = find_origin(config, checkpoint), read_lora(checkpoint.adapter), config.merge or config.lora
     with new_folder(out) as folder:
         if config.merge is not None:
             write_pipeline(folder, config, origin, lora)
+        elif config.format == "sdnext":
+            write_sdnext_lora(folder, lora)
         else:
             write_lora(folder, lora)
-        (folder / CARD).write_text(model_card(origin, config.merge is not None), encoding="utf-8")
+            write_workflow(folder, origin)
+        card = model_card(origin, config.merge is not None, SDNEXT_FILE if config.format == "sdnext" else LORA_FILE)
+        (folder / CARD).write_text(card, encoding="utf-8")
     print(f"{checkpoint.label}: {out}", flush=True)
 
 
@@ -73,6 +82,16 @@ def write_pipeline(folder: Path, config: ExportConfig, origin: "Origin", lora: "
     for part in (pipe, pipe.transformer, pipe.vae):
         part.register_to_config(_name_or_path=public_name(origin.base))  # not the path of a folder on this machine
     pipe.save_pretrained(folder)
+
+
+def write_workflow(folder: Path, origin: "Origin") -> None:
+    """Write a workflow that draws with the LoRA of Stable Diffusion 3.5 Medium in ComfyUI, with the guidance of its training."""
+    if origin.base != SD35_MEDIUM:
+        return
+    workflow, sample = json.loads(WORKFLOW.read_text(encoding="utf-8")), origin.settings.sample
+    workflow["6"]["inputs"] |= {"width": sample.resolution, "height": sample.resolution}
+    workflow["7"]["inputs"] |= {"steps": sample.num_solver_steps, "cfg": 1.0 if origin.guidance is None else origin.guidance}
+    (folder / WORKFLOW.name).write_text(json.dumps(workflow, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

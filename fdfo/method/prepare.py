@@ -141,7 +141,7 @@ def open_folder(job: Job, config: TrainConfig, start: Start, reached: tuple[int,
     """
     if start.run is None:
         if start.checkpoint is not None:
-            job.print(f"{start.checkpoint.folder} has an adapter but no training state: a new run starts from it at epoch 0")
+            job.print(f"{start.checkpoint.adapter} has an adapter but no training state: a new run starts from it at epoch 0")
         folder = job.on_main(lambda: create_run_folder(config))
         job.on_main(lambda: claim(folder))
         return folder
@@ -164,11 +164,11 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
     if checkpoint is None:
         model.add_lora(config.lora_rank, config.lora_alpha, config.seed)
     else:
-        model.load_adapter(checkpoint.folder)
+        model.load_adapter(checkpoint.adapter, config.seed)
         lora = model.peft.peft_config["default"]
         if (lora.r, lora.lora_alpha) != (config.lora_rank, config.lora_alpha):
             raise UserError(
-                f"The adapter in {checkpoint.folder} has rank {lora.r} and alpha {lora.lora_alpha}: give --lora-rank {lora.r} "
+                f"The adapter in {checkpoint.adapter} has rank {lora.r} and alpha {lora.lora_alpha}: give --lora-rank {lora.r} "
                 f"--lora-alpha {lora.lora_alpha}."
             )
         if warning := guidance_warning(checkpoint, config.sample.guidance_scale, "--sample.guidance-scale"):

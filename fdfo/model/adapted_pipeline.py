@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from fdfo.distributed.launch import check_device
 from fdfo.model.acceleration import PinnedWeights
-from fdfo.model.lora import attach_lora, fill_lora, lora_targets, read_adapter_config
+from fdfo.model.lora import attach_lora, completed, fill_lora, lora_targets
+from fdfo.storage.adapters import read_lora_adapter
 from fdfo.storage.hub import load_pipeline
 
 COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,12 +49,21 @@ class AdaptedPipeline:
             config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
             self.peft = attach_lora(self.pipe.transformer, config, self.name)
 
-    def load_adapter(self, folder: Path) -> None:
-        """Load the PEFT adapter in a folder, in place of any other. Raises UserError if it does not fit this transformer."""
-        config = read_adapter_config(folder)
+    def load_adapter(self, source: Path, seed: int | None = None) -> None:
+        """Load the adapter in a folder of PEFT's, or in the LoRA file of another program, in place of any other.
+
+        seed: layers that the adapter leaves out start as those of a fresh LoRA; without a seed it must have all of them. Raises
+        UserError if it does not fit this transformer.
+        """
+        adapter = read_lora_adapter(source)
         self.remove_adapter()
-        self.peft = attach_lora(self.pipe.transformer, config, self.name)
-        fill_lora(self.peft, folder, self.name)
+        config, fresh = adapter.config, set()
+        if seed is not None:
+            config, fresh = completed(self.pipe.transformer, adapter, source)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed or 0)
+            self.peft = attach_lora(self.pipe.transformer, config, self.name)
+        fill_lora(self.peft, adapter.tensors, fresh, source, self.name)
 
     def remove_adapter(self) -> None:
         """Go back to the base model."""

@@ -1,7 +1,9 @@
 """Finds the checkpoint that a user names, checks that it is intact, and decides how a run starts."""
 
+import dataclasses
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -9,10 +11,10 @@ from fdfo.config.command_line import check_train_config
 from fdfo.config.errors import UserError
 from fdfo.config.options import check_options, deciding_settings, from_json
 from fdfo.config.train_options import TrainConfig
-from fdfo.model.lora import read_adapter_config
-from fdfo.run_folder.lora_file import LORA_FILE
+from fdfo.storage.adapters import read_adapter_config, read_lora_adapter
 from fdfo.storage.atomic_files import read_sealed
-from fdfo.storage.hub import ADAPTER, ADAPTER_CONFIG, check_adapter_files, download_folder, hub_place
+from fdfo.storage.foreign_lora import read_lora_file
+from fdfo.storage.hub import ADAPTER, ADAPTER_CONFIG, LORA_FILE, LORA_SUFFIX, check_adapter_files, download_folder, hub_place
 
 AUTO, BEST = "auto", "best"
 CONFIG = "config.json"
@@ -29,14 +31,20 @@ class Checkpoint:
     folder: Path
     run: Path | None  # the run folder, with a config.json
     published: PurePosixPath | None = None  # OWNER/NAME/FOLDER on the hub, if it comes from there
+    file: str | None = None  # the LoRA file in the folder, if it is one of another program and no PEFT adapter
+
+    @property
+    def adapter(self) -> Path:
+        """What FlowModel.load_adapter reads."""
+        return self.folder if self.file is None else self.folder / self.file
 
     @property
     def run_name(self) -> str:
-        return self.run.name if self.run is not None else (self.published or self.folder.resolve()).parent.name
+        return self.run.name if self.run is not None else (self.published or self.adapter.resolve()).parent.name
 
     @property
     def label(self) -> str:
-        return f"{self.run_name}/{(self.published or self.folder).name}"
+        return f"{self.run_name}/{(self.published or self.adapter).name}"
 
     @property
     def resumable(self) -> bool:
@@ -76,6 +84,23 @@ def find_start(text: str) -> Start:
     return Start(checkpoint, checkpoint.run if checkpoint.resumable else None)
 
 
+def with_lora_of(config: TrainConfig, start: Start, given: Collection[str]) -> TrainConfig:
+    """Return the settings with rank and alpha of the adapter that a new run starts from. given: those that the user names.
+
+    Raises UserError if a given one disagrees.
+    """
+    if start.checkpoint is None or start.resumed:
+        return config
+    lora = read_lora_adapter(start.checkpoint.adapter).config
+    own = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha}
+    for name in given:
+        if getattr(config, name) != own[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)}, that of {start.checkpoint.label} is {own[name]}: leave it out."
+            )
+    return dataclasses.replace(config, **own)
+
+
 def find_auto_start(config: TrainConfig) -> Start:
     """Find the run that `auto` resumes; print the reason if there is none.
 
@@ -102,8 +127,8 @@ def find_auto_start(config: TrainConfig) -> Start:
 def find_checkpoint(text: str) -> Checkpoint:
     """Find the checkpoint that a user names: a checkpoint folder, a run folder (its newest intact one), or a folder on the hub.
 
-    Of a hub repository only that folder's adapter is downloaded. Raises UserError if there is no adapter, or if the training state
-    beside it is damaged.
+    A LoRA file of another program, or a folder with one of diffusers' name, is a checkpoint without a run. Of a hub repository only
+    that folder's adapter is downloaded. Raises UserError if there is no adapter, or if the training state beside it is damaged.
     """
     place = hub_place(text)
     folder = Path(text) if place is None else download_folder(place)
@@ -115,6 +140,9 @@ def find_checkpoint(text: str) -> Checkpoint:
             raise UserError(f"{text} holds no intact checkpoint: start the run anew, or give another folder.")
     if os.path.isfile(folder / STATE):
         read_state(folder)
+    elif (file := lora_file_of(folder)) is not None:
+        read_lora_file(file)
+        return Checkpoint(file.parent, None, None if place is None else place.path, file.name)
     check_adapter_files(folder, text)
     read_adapter_config(folder)
     parent = folder.resolve().parent
@@ -122,6 +150,14 @@ def find_checkpoint(text: str) -> Checkpoint:
         return Checkpoint(folder, None, place.path)
     in_run = parent.name == "checkpoints" and (parent.parent / CONFIG).is_file()
     return Checkpoint(folder, parent.parent if in_run else None)
+
+
+def lora_file_of(path: Path) -> Path | None:
+    """Return the LoRA file of another program that a path means: the path itself, or the one in a folder without a PEFT adapter."""
+    if path.suffix == LORA_SUFFIX and os.path.isfile(path):
+        return path
+    file = path / LORA_FILE
+    return file if os.path.isfile(file) and not os.path.exists(path / ADAPTER_CONFIG) else None
 
 
 def read_state(folder: Path) -> dict:

@@ -1,7 +1,6 @@
 """Writes an adapter in diffusers' LoRA format: W + B A, with the scale inside B and no alpha, so that no loader can scale it wrongly."""
 
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -9,19 +8,34 @@ import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
 
 from fdfo.config.errors import UserError
-from fdfo.model.lora import read_adapter, read_adapter_config
+from fdfo.storage.adapters import PEFT_KEY, read_lora_adapter
+from fdfo.storage.hub import LORA_FILE
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
-PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+SDNEXT_FILE = "sdnext_lora.safetensors"
 # By module of the transformer: A [r, K], B [M, r]; its weight W [M, K] becomes W + B A.
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def read_lora(folder: Path) -> Lora:
-    """Read the PEFT adapter in a folder, scaled. Raises UserError for a damaged one, and for more than a plain LoRA."""
-    return scaled_lora(read_adapter_config(folder), read_adapter(folder), folder)
+def read_lora(source: Path) -> Lora:
+    """Read the adapter in a folder of PEFT's, or in another program's file, scaled.
+
+    Raises UserError for a damaged one, and for more than a plain LoRA.
+    """
+    adapter = read_lora_adapter(source)
+    return scaled_lora(adapter.config, adapter.tensors, source)
+
+
+def write_sdnext_lora(folder: Path, lora: Lora) -> None:
+    """Write SDNEXT_FILE into the folder, in float32: the tensors of LORA_FILE under the names that SD.Next binds."""
+    tensors = {
+        f"transformer.{module}.lora_{name}.weight": tensor.contiguous()
+        for module, pair in lora.items()
+        for name, tensor in zip(("down", "up"), pair, strict=True)
+    }
+    save_file(tensors, folder / SDNEXT_FILE, metadata={"format": "pt"})
 
 
 def write_lora(folder: Path, lora: Lora) -> None:

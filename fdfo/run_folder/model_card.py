@@ -11,8 +11,8 @@ from fdfo.config.errors import UserError
 from fdfo.config.plan import plan_churn
 from fdfo.config.train_options import SD35_MEDIUM, TrainConfig
 from fdfo.distributed.machine import versions
-from fdfo.run_folder.lora_file import LORA_FILE
-from fdfo.storage.hub import BUNDLED_MODELS
+from fdfo.run_folder.lora_file import SDNEXT_FILE
+from fdfo.storage.hub import BUNDLED_MODELS, LORA_FILE
 from fdfo.tiny import TEXT_TOKENS
 from rewards.presets import REWARD_PRESETS
 
@@ -39,8 +39,8 @@ class Origin:
     steps: int = 0  # further optimizer steps
 
 
-def model_card(origin: Origin, merged: bool) -> str:
-    """Return README.md for a LoRA, or for a pipeline with the LoRA merged in, by the template model_card.md.
+def model_card(origin: Origin, merged: bool, lora_file: str = LORA_FILE) -> str:
+    """Return README.md for a LoRA file, or for a pipeline with the LoRA merged in, by the template model_card.md.
 
     The text depends on the checkpoint alone: no times, no paths, nothing that a resume may change. Raises UserError.
     """
@@ -57,7 +57,8 @@ def model_card(origin: Origin, merged: bool) -> str:
     )
     return environment.get_template("model_card.md").render(
         vars(origin), merged=merged, base=base, header=header(origin, merged), reward=reward_text(config) if origin.known_run else "",
-        path=f"fdfo/tiny/{BUNDLED_MODELS[origin.base].name}" if bundled else base, lora_file=LORA_FILE, churn=churn,
+        path=f"fdfo/tiny/{BUNDLED_MODELS[origin.base].name}" if bundled else base, churn=churn,
+        lora_file=lora_file, for_sdnext=lora_file == SDNEXT_FILE,
         prompt="a red circle on a white background" if bundled else "a red fox asleep in fresh snow",
         options=", ".join(f"{name}={value}" for name, value in options.items()), prompt_set=Path(config.prompt_set).name,
         versions=", ".join(f"{name} {number}" for name, number in versions().items()), licence=licence_text(origin),
@@ -70,9 +71,9 @@ def licence_text(origin: Origin) -> str:
         return "Those of the base model and of the adapter that this was made from hold for these weights, too."
     if origin.base == SD35_MEDIUM:
         return (
-            f"Powered by Stability AI. Derived from [{SD35_MEDIUM}](https://huggingface.co/{SD35_MEDIUM}), which is licensed under the "
-            f"[Stability AI Community License]({LICENCES[SD35_MEDIUM]['license_link']}), Copyright © Stability AI Ltd. All Rights "
-            "Reserved. That licence holds for these weights, too."
+            f"Powered by Stability AI. Derived from [{SD35_MEDIUM}](https://huggingface.co/{SD35_MEDIUM}). This Stability AI Model is "
+            f"licensed under the [Stability AI Community License]({LICENCES[SD35_MEDIUM]['license_link']}), Copyright © Stability AI "
+            "Ltd. All Rights Reserved. That licence holds for these weights, too."
         )
     return "Apache-2.0, as the base model." if origin.base == "tiny" else "That of the base model holds for these weights, too."
 

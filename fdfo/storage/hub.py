@@ -23,9 +23,13 @@ from fdfo.tiny import TINY_MODEL
 
 BUNDLED_MODELS = {"tiny": TINY_MODEL}
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
+LORA_SUFFIX = ".safetensors"
 HPDV2 = "zhwang/HPDv2"
 HPDV2_STYLES, HPDV2_SIZE = ("anime", "concept-art", "paintings", "photo"), 3200
-HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)(?:/tree/([\w.-]+)(?:/([\w./-]+?))?)?/?", re.ASCII)
+HUB_URL = re.compile(
+    r"https://huggingface\.co/([\w.-]+/[\w.-]+?)(?:/(?:tree|blob|resolve)/([\w.-]+)(?:/([\w./-]+?))?)?/?", re.ASCII
+)
 HUB_SHORT = re.compile(r"hf:([\w.-]+/[\w.-]+?)()(?:/([\w./-]+?))?/?", re.ASCII)
 TransportError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)  # httpx's in hub 1, httpx2's in hub 2
 diffusers.utils.logging.disable_progress_bar()  # a bar for every part of every model, on every rank
@@ -66,13 +70,13 @@ def check_adapter_files(folder: Path, name: object) -> None:
     if not all(os.path.isfile(folder / file) for file in (ADAPTER_CONFIG, ADAPTER)):
         raise UserError(
             f"{str(name)[:300]} holds no adapter: give a folder with {ADAPTER_CONFIG} and {ADAPTER}, such as "
-            "runs/00000-NAME/checkpoints/epoch-0000005, or a run folder."
+            f"runs/00000-NAME/checkpoints/epoch-0000005, a run folder, or a LoRA file ({LORA_SUFFIX})."
         )
 
 
 @dataclass(frozen=True)
 class HubPlace:
-    """A folder of a model repository on the hub."""
+    """A folder of a model repository on the hub, or a LoRA file in it."""
 
     repository: str  # OWNER/NAME
     revision: str
@@ -105,11 +109,22 @@ def hub_place(text: str) -> HubPlace | None:
 
 
 def download_folder(place: HubPlace) -> Path:
-    """Download the adapter in one folder of a hub repository, unless it is cached. Raises UserError."""
+    """Download the adapter in one folder of a hub repository, or the LoRA file that the place names, unless it is cached.
+
+    If the folder holds no PEFT adapter, its LoRA file in diffusers' format is taken. Raises UserError.
+    """
+    if place.folder.suffix == LORA_SUFFIX:
+        return download_files(place, [place.folder]) / place.folder
+    root = download_files(place, [place.folder / ADAPTER_CONFIG, place.folder / ADAPTER])
+    if not (root / place.folder / ADAPTER_CONFIG).is_file():
+        root = download_files(place, [place.folder / LORA_FILE])
+    return root / place.folder
+
+
+def download_files(place: HubPlace, files: list[PurePosixPath]) -> Path:
+    """Download those of the files that the repository has; return the folder that stands for its root. Raises UserError."""
     with hub_errors(place.repository):
-        files = [str(place.folder / name) for name in (ADAPTER_CONFIG, ADAPTER)]
-        root = snapshot_download(place.repository, revision=place.revision, allow_patterns=files)
-    return Path(root) / place.folder
+        return Path(snapshot_download(place.repository, revision=place.revision, allow_patterns=list(map(str, files))))
 
 
 def load_prompt_set(name: str, as_published: bool = False) -> list[str]:
