@@ -171,6 +171,7 @@ def test_such_a_run_resumes_exports_and_is_drawn(run_cli, lora: Path, tmp_path: 
     assert (read_config(stopped).lora_rank, read_config(stopped).lora_alpha) == (5, 2.5)
     assert "| LoRA rank, alpha | 5, 2.5 |" in (stopped / "checkpoints" / "epoch-0000002" / "README.md").read_text()
     assert [line["epoch"] for line in log_of(stopped, "eval")] == [0, 2] and (stopped / "report.html").is_file()
+    assert not find_start(str(stopped / "checkpoints" / "epoch-0000002" / LORA_FILE)).resumed
     assert run_cli("fdfo.export.__main__", stopped, "--lora", tmp_path / "exported")[0] == 0
     score = (
         "--preset",

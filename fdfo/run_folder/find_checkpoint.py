@@ -76,7 +76,7 @@ FRESH = Start()
 def find_start(text: str) -> Start:
     """Decide how a run starts from the checkpoint that a user names. Raises UserError."""
     checkpoint = find_checkpoint(text)
-    if checkpoint.run is None and (checkpoint.folder / STATE).is_file():
+    if checkpoint.run is None and checkpoint.file is None and (checkpoint.folder / STATE).is_file():
         raise UserError(
             f"{checkpoint.folder} has a training state, but no config.json two folders up: copy the whole run folder, or leave the "
             "training_state files out to start a new run from the adapter."
