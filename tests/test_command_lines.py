@@ -43,7 +43,7 @@ WRONG = {
     "unknown flag": (["train", "--preset", "tiny", "--epochs", "3"], "--epochs"),
     "no GPU": (["train", "--prompt-set", "tiny"], "--preset tiny"),
     "checkpoint without adapter": (["train", "--preset", "tiny", "--resume-from", "."], "holds no adapter"),
-    "not a hub tree": (["generate", "--out", "x.jpg", "--checkpoint", "https://huggingface.co/a/b/blob/main"], "not a folder on the hub"),
+    "not a hub tree": (["generate", "--out", "x.jpg", "--checkpoint", "https://huggingface.co/a/b/commits/main"], "not a folder on the hub"),
     "other host": (["generate", "--out", "x.jpg", "--checkpoint", "https://example.com/a/b/tree/main/c"], "not a folder on the hub"),
     "outside the repository": (["generate", "--out", "x.jpg", "--checkpoint", "hf:a/b/../c"], "not a folder on the hub|outside"),
     "hub unreachable": (
