@@ -266,7 +266,7 @@ WRONG = {
     "per prompt": ([*DRAW, *METRICS, "--per-prompt"], "add --out"),
     "out": ([*DRAW, *METRICS, "--out", "nowhere/m.json"], "cannot be written"),
     "out is an image": ([*DRAW, *METRICS, "--out", "m.png"], "end it with .json"),
-    "empty checkpoint": ([*DRAW, *METRICS, "--checkpoint", ""], "it should have at least 1 character"),
+    "empty checkpoint": ([*DRAW, *METRICS, "--checkpoint", ""], "--checkpoint is empty"),
     "no width": ([*DRAW, *METRICS, "--width", 0], "--width is 0: it should be greater than or equal to 1"),
     "scorer that ends the process": ([*DRAW, "--metrics", "broken_scorers:Scorer"], "cannot be imported (SystemExit: 0"),
     "scorer that cannot be made": ([*DRAW, "--metrics", "own_scorers:NoConstructor"], "cannot be made (TypeError"),
