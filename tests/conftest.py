@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # two files are tested at a time
 
 from fdfo.distributed.job import Job  # noqa: E402
 from fdfo.distributed.launch import run_command_line  # noqa: E402

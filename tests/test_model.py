@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from fdfo.config.errors import UserError
+from fdfo.config.options import to_json
 from fdfo.config.plan import ImageSettings
 from fdfo.config.train_options import TrainConfig
 from fdfo.method.learner import Learner
@@ -89,7 +90,8 @@ def test_text_is_padded_to_the_trained_length(tiny):
 def save(model: FlowModel, folder: Path) -> Path:
     learner = Learner.start(model, TrainConfig(precision="fp32"))
     learner.progress.epochs = 1
-    save_checkpoint(folder, TrainConfig(), [], model, learner.state())
+    (folder / "config.json").write_text(to_json(TrainConfig()))
+    save_checkpoint(folder, TrainConfig(), model, learner.state())
     return folder / "checkpoints" / "epoch-0000001"
 
 
