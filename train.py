@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from fdfo.config.command_line import check_own_code, flag_value, parse_train_config, timeout_minutes
 from fdfo.config.errors import UserError, or_warn
+from fdfo.config.options import flag_of
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.distributed.launch import check_device, run_command_line, start_job
 
 if TYPE_CHECKING:
-    from fdfo.run_folder.find_checkpoint import Start
+    from fdfo.run_folder.start import Start
 
 # Diffusers and PEFT take seconds to import. They are imported in the functions below, so that --help and mistakes answer at once.
 
@@ -33,14 +34,15 @@ def read_command_line(argv: list[str]) -> "tuple[TrainConfig, Start | None]":
     resume_from = flag_value(argv, "--resume-from")
     if not resume_from:
         return parse_train_config(argv), None
-    from fdfo.run_folder.find_checkpoint import AUTO, find_auto_start, find_start, read_config, with_lora_of
+    from fdfo.run_folder.find_checkpoint import read_config
+    from fdfo.run_folder.start import AUTO, find_auto_start, find_start, with_lora_of
 
     if resume_from == AUTO:
         config = parse_train_config(argv)
         return config, find_auto_start(config)
     start = find_start(resume_from)
     if not start.resumed:
-        given = [name for name in ("lora_rank", "lora_alpha") if flag_value(argv, f"--{name.replace('_', '-')}")]
+        given = [name for name in ("lora_rank", "lora_alpha") if flag_value(argv, flag_of(name))]
         return with_lora_of(parse_train_config(argv), start, given), start
     config = parse_train_config(argv, read_config(start.run))
     check_own_code(argv, config)
@@ -56,7 +58,7 @@ def train_and_report(job: Job, config: TrainConfig, start: "Start | None") -> No
     from fdfo.method.trainer import train
     from fdfo.report.console import print_end
     from fdfo.report.html import write_report
-    from fdfo.run_folder.find_checkpoint import FRESH
+    from fdfo.run_folder.start import FRESH
 
     try:
         run = train(job, config, start or FRESH)

@@ -41,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +57,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fdfo.method.trainer  # noqa: E402
 import fdfo.method.update  # noqa: E402
 import rewards.vlm  # noqa: E402
+from fdfo.config.options import to_dict  # noqa: E402
 from fdfo.config.plan import plan_batches, plan_subset  # noqa: E402
 from fdfo.config.presets import PRESETS
 from fdfo.config.train_options import SD35_MEDIUM, TrainConfig  # noqa: E402
@@ -257,7 +258,7 @@ def report(config: FullSizeConfig, settings: TrainConfig, processes: int, measur
         )
     }
     result = {
-        "device": torch.cuda.get_device_name(), "config": json.loads(json.dumps(asdict(config), default=str)), "processes": processes, "versions": versions(),
+        "device": torch.cuda.get_device_name(), "config": to_dict(config), "processes": processes, "versions": versions(),
         "batch_sizes": {"pairs in sampling": plan.sample_batch, "samples in training": plan.train_batch},
         "trained_samples": trained,
         "seconds": seconds, "share_seconds": sum(whole.values()), "seconds_with_40_steps": whole,

@@ -50,13 +50,15 @@ from fdfo.evaluation.heldout import DEFAULT_PROMPTS  # noqa: E402
 from fdfo.method.draw import EVALUATION_SEED  # noqa: E402
 from fdfo.model.flow_model import FlowModel  # noqa: E402
 from fdfo.model.images import draw_images, encode_for_images  # noqa: E402
-from fdfo.run_folder.find_checkpoint import all_checkpoints, read_config  # noqa: E402
+from fdfo.run_folder.find_checkpoint import CONFIG, all_checkpoints, read_config  # noqa: E402
+from fdfo.run_folder.log import LOG, read_log  # noqa: E402
+from fdfo.storage.atomic_files import atomic_folder, read_json  # noqa: E402
 from fdfo.storage.prompts import load_prompts  # noqa: E402
 from fdfo.tiny.scenes import parse_caption, render  # noqa: E402
 from rewards.clip import CLIP_MODELS, ClipScorer  # noqa: E402
 from rewards.scene import SceneScorer  # noqa: E402
 
-LOG, END = "training_log.jsonl", "end.json"
+END = "end.json"
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,7 @@ def run_seed(config: LearningConfig, folder: Path, job: tuple[str, int], deadlin
             if config.grid is not None:
                 end["grid"] = score_on_grid(config, Path(runs))
             keep(Path(runs), kept, end)
-    lines = [json.loads(line) for line in (kept / LOG).read_text().splitlines()]
-    return LearningRun(name, seed, read_config(kept), json.loads((kept / END).read_text()), lines)
+    return LearningRun(name, seed, read_config(kept), read_json(kept / END), read_log(kept / LOG)[0])
 
 
 def train_flags(config: LearningConfig, setting: str) -> list[str]:
@@ -164,12 +165,11 @@ def keep(runs: Path, kept: Path, end: dict[str, float]) -> None:
     found = list(runs.glob(f"*/{LOG}"))
     if not found:
         raise UserError(f"{kept.name} was stopped before it began: give more --minutes, or fewer runs.")
-    partial = kept.with_suffix(".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name in (LOG, "config.json"):
-        shutil.copy(found[0].with_name(name), partial)
-    (partial / END).write_text(json.dumps(end))
-    partial.rename(kept)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(kept) as partial:
+        for name in (LOG, CONFIG):
+            shutil.copy(found[0].with_name(name), partial)
+        (partial / END).write_text(json.dumps(end))
 
 
 def main(config: LearningConfig) -> None:

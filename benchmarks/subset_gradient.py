@@ -24,6 +24,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fdfo.config.errors import UserError  # noqa: E402
+from fdfo.config.options import to_dict  # noqa: E402
 from fdfo.config.presets import PRESETS  # noqa: E402
 from fdfo.config.train_options import TrainConfig  # noqa: E402
 from fdfo.distributed.job import Job  # noqa: E402
@@ -33,7 +34,7 @@ from fdfo.method.prepare import Run, prepare  # noqa: E402
 from fdfo.method.rollout import PairShare, pair_samples, sample_share, score_share  # noqa: E402
 from fdfo.method.trainer import train  # noqa: E402
 from fdfo.method.update import EpochData, StepSamples, accumulate_gradient  # noqa: E402
-from fdfo.run_folder.find_checkpoint import FRESH  # noqa: E402
+from fdfo.run_folder.start import FRESH  # noqa: E402
 from fdfo.storage.prompts import epoch_prompts  # noqa: E402
 
 STEP_SAMPLES = 8640  # samples of an optimizer step of the default plan, which a sample's share of the loss is one of
@@ -157,7 +158,7 @@ def main(config: SubsetGradientConfig) -> None:
     with start_job() as job:
         device = torch.cuda.get_device_name() if job.device.type == "cuda" else "CPU"
         found = {f"after {epochs} epochs": measure(config, job, epochs) for epochs in config.epochs}
-    result = {"device": device, "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)), "versions": versions()}
+    result = {"device": device, "config": to_dict(config), "versions": versions()}
     print(json.dumps(result | found, indent=2))
     if config.out is not None:
         config.out.write_text(json.dumps(result | found, indent=2) + "\n")

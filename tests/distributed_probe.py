@@ -16,7 +16,7 @@ from fdfo.method.prepare import prepare
 from fdfo.method.rollout import FIRST_CHURN, START, PairShare, pair_gammas, sample_share, score_share, standard_normal
 from fdfo.method.trainer import train
 from fdfo.method.update import EpochData, accumulate_gradient, reduce_gradient, step_samples
-from fdfo.run_folder.find_checkpoint import FRESH
+from fdfo.run_folder.start import FRESH
 from fdfo.storage.prompts import epoch_prompts
 
 

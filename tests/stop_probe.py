@@ -19,7 +19,8 @@ from fdfo.config.train_options import SampleConfig
 from fdfo.distributed.launch import run_command_line, start_job
 from fdfo.distributed.shutdown import Stopped
 from fdfo.method.trainer import train
-from fdfo.run_folder.find_checkpoint import FRESH, all_checkpoints, find_start
+from fdfo.run_folder.find_checkpoint import all_checkpoints
+from fdfo.run_folder.start import FRESH, find_start
 
 STAGES = {
     "sample_share": 0,

@@ -34,7 +34,8 @@ from fdfo.method import trainer
 from fdfo.method.prepare import prepare
 from fdfo.method.trainer import train
 from fdfo.report.html import write_report
-from fdfo.run_folder.find_checkpoint import FRESH, all_checkpoints, find_start, read_config, run_checkpoints
+from fdfo.run_folder.find_checkpoint import all_checkpoints, read_config, run_checkpoints
+from fdfo.run_folder.start import FRESH, find_start
 from fdfo.storage.atomic_files import own_partial, write_text
 from rewards.registry import build_scorers
 from rewards.scorer import checked_scores, describe

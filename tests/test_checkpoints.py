@@ -18,15 +18,8 @@ from test_training import small
 from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
 from fdfo.method.trainer import train
-from fdfo.run_folder.find_checkpoint import (
-    FRESH,
-    Checkpoint,
-    Start,
-    all_checkpoints,
-    find_auto_start,
-    find_checkpoint,
-    find_start,
-)
+from fdfo.run_folder.find_checkpoint import Checkpoint, all_checkpoints, find_checkpoint
+from fdfo.run_folder.start import FRESH, Start, find_auto_start, find_start
 from fdfo.storage.atomic_files import json_hash
 
 JOB = Job(0, 1, torch.device("cpu"))

@@ -23,7 +23,8 @@ from fdfo.evaluation.heldout import split_prompts
 from fdfo.method.trainer import train
 from fdfo.model.flow_model import FlowModel
 from fdfo.report.sheets import ShownPair, grid_sheet, pair_sheet, save_sheet
-from fdfo.run_folder.find_checkpoint import FRESH, Start, all_checkpoints, find_checkpoint, find_start
+from fdfo.run_folder.find_checkpoint import all_checkpoints, find_checkpoint
+from fdfo.run_folder.start import FRESH, Start, find_start
 
 PROMPTS = [f"a {colour} circle on a white background" for colour in ("red", "green", "blue")]
 

@@ -27,9 +27,10 @@ from fdfo.method.trainer import train
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.images import draw_images, encode_for_images, load_for_images
 from fdfo.model.lora import LORA_TARGETS
-from fdfo.run_folder.find_checkpoint import CARD, STATE, find_checkpoint, find_start, read_state, saved_config
+from fdfo.run_folder.find_checkpoint import CARD, STATE, find_checkpoint, read_state, saved_config
 from fdfo.run_folder.lora_file import read_lora
 from fdfo.run_folder.model_card import Origin, model_card
+from fdfo.run_folder.start import find_start
 from fdfo.storage.atomic_files import seal
 from fdfo.storage.hub import LORA_FILE
 from fdfo.tiny import TEXT_TOKENS, TINY_MODEL

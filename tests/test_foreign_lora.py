@@ -24,7 +24,8 @@ from fdfo.method.draw import draw_held_out, image_noise
 from fdfo.method.prepare import prepare
 from fdfo.model.images import quantised
 from fdfo.model.lora import LORA_TARGETS, lora_targets
-from fdfo.run_folder.find_checkpoint import find_checkpoint, find_start, read_config, with_lora_of
+from fdfo.run_folder.find_checkpoint import find_checkpoint, read_config
+from fdfo.run_folder.start import find_start, with_lora_of
 from fdfo.storage.adapters import read_lora_adapter
 from fdfo.storage.foreign_lora import read_lora_file, translated
 from fdfo.storage.hub import LORA_FILE

@@ -26,7 +26,7 @@ from fdfo.method.update import EpochData, accumulate_gradient, step_samples
 from fdfo.model.acceleration import PinnedWeights
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.memory import expected_memory, fits, fitting_plan
-from fdfo.run_folder.find_checkpoint import FRESH
+from fdfo.run_folder.start import FRESH
 from rewards.clip import ClipScorer
 from rewards.vlm import QUESTIONS, Vlm, VlmScorer
 

@@ -24,7 +24,8 @@ from fdfo.method.draw import EVALUATION_SEED, draw_held_out
 from fdfo.method.trainer import train
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.images import draw_images, encode_for_images
-from fdfo.run_folder.find_checkpoint import all_checkpoints, find_checkpoint, find_start
+from fdfo.run_folder.find_checkpoint import all_checkpoints, find_checkpoint
+from fdfo.run_folder.start import find_start
 from fdfo.storage.prompts import hold_out, load_prompts
 from rewards.registry import build_scorers
 from rewards.scorer import Judges, WeightedReward

@@ -23,7 +23,8 @@ from fdfo.method.rollout import PairShare, sample_share
 from fdfo.method.trainer import train
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.memory import expected_memory, fits, trajectory_bytes, trajectory_storage
-from fdfo.run_folder.find_checkpoint import find_auto_start, find_checkpoint
+from fdfo.run_folder.find_checkpoint import find_checkpoint
+from fdfo.run_folder.start import find_auto_start
 from rewards.registry import build_scorer
 from rewards.scorer import Offload
 from rewards.vlm import Vlm, VlmScorer

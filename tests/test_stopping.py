@@ -19,7 +19,8 @@ from fdfo.distributed.shutdown import Stopped, guarded
 from fdfo.method.prepare import prepare
 from fdfo.method.trainer import train
 from fdfo.model.flow_model import FlowModel
-from fdfo.run_folder.find_checkpoint import all_checkpoints, find_checkpoint, find_start
+from fdfo.run_folder.find_checkpoint import all_checkpoints, find_checkpoint
+from fdfo.run_folder.start import find_start
 
 STATE_FILES = ("adapter_model.safetensors", "training_state.safetensors")
 

@@ -24,7 +24,7 @@ from fdfo.method.rollout import pair_samples, score_share
 from fdfo.method.trainer import train
 from fdfo.method.update import accumulate_gradient, deal_samples, optimizer_step, step_samples
 from fdfo.model.memory import trajectory_bytes
-from fdfo.run_folder.find_checkpoint import find_auto_start, find_start
+from fdfo.run_folder.start import find_auto_start, find_start
 
 TINY = PRESETS["tiny"]
 

@@ -20,8 +20,9 @@ from fdfo.method.prepare import Run, prepare
 from fdfo.method.rollout import PairShare, sample_share, score_share
 from fdfo.method.trainer import train
 from fdfo.method.update import EpochData, StepSamples, farthest_ratio, optimizer_step, step_samples
-from fdfo.run_folder.find_checkpoint import FRESH, find_checkpoint, find_start, read_config
+from fdfo.run_folder.find_checkpoint import find_checkpoint, read_config
 from fdfo.run_folder.log import RunLog
+from fdfo.run_folder.start import FRESH, find_start
 from fdfo.storage.prompts import load_prompts
 
 TINY = PRESETS["tiny"]

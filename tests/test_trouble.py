@@ -20,7 +20,8 @@ from fdfo.evaluation.health import Health, StepStats
 from fdfo.method.trainer import train
 from fdfo.model.images import one_colour
 from fdfo.model.memory import with_largest
-from fdfo.run_folder.find_checkpoint import find_checkpoint, find_start
+from fdfo.run_folder.find_checkpoint import find_checkpoint
+from fdfo.run_folder.start import find_start
 
 
 def scored_by(name: str) -> dict:

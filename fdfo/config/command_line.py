@@ -7,7 +7,7 @@ from typing import TypeVar
 import tyro
 
 from fdfo.config.errors import UserError
-from fdfo.config.options import Options, check_options
+from fdfo.config.options import Options, check_options, flag_of
 from fdfo.config.plan import plan_churn, plan_subset
 from fdfo.config.presets import PRESETS
 from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig, ReportConfig
@@ -127,7 +127,7 @@ def check_no_drawing(config: MetricsConfig) -> None:
     """Raise UserError for flags that say how to draw, beside --images, which draws nothing."""
     for name in DRAWING_FIELDS:
         if getattr(config, name) != MetricsConfig.__dataclass_fields__[name].default:
-            raise UserError(f"--{name.replace('_', '-')} has no effect with --images, which scores a folder: leave it out.")
+            raise UserError(f"{flag_of(name)} has no effect with --images, which scores a folder: leave it out.")
     if config.as_published and config.prompt_set != "hpdv2" and "pickscore" not in config.metrics:
         raise UserError("--as-published has an effect with --images on pickscore and on hpdv2 alone: leave it out.")
 

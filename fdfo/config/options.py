@@ -16,9 +16,8 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-Name = Annotated[
-    str, Field(pattern=r'^[^\x00-\x1f\x7f"`<>|]+$')
-]  # of a model, a file or a scorer: it is written into model cards
+# The name of a model, a file or a scorer, which is written into model cards.
+Name = Annotated[str, Field(pattern=r'^[^\x00-\x1f\x7f"`<>|]+$')]
 
 
 class Options:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from fdfo.config.errors import UserError
+from fdfo.config.options import flag_of
 from fdfo.config.presets import PRESETS
 from fdfo.config.tool_options import GenerateConfig, MetricsConfig
 from fdfo.config.train_options import ChurnConfig, TrainConfig
@@ -113,9 +114,7 @@ def plan_churn(churn: ChurnConfig) -> dict[str, float]:
         if value is None:
             continue
         if name not in numbers:
-            raise UserError(
-                f"--churn.{name.replace('_', '-')} has no effect with --churn.schedule {churn.schedule}: leave it out."
-            )
+            raise UserError(f"{flag_of(f'churn.{name}')} has no effect with --churn.schedule {churn.schedule}: leave it out.")
         numbers[name] = value
     return numbers
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fdfo.config.errors import UserError
-from fdfo.config.plan import ImagePlan, plan_images, published_processes
+from fdfo.config.plan import ImagePlan, plan_images
 from fdfo.config.tool_options import MetricsConfig
 from fdfo.distributed.job import Job
 from fdfo.distributed.machine import progress_bar
@@ -120,12 +120,12 @@ class Share:
     several: bool  # there are several subjects, each with a folder of its own in --save-images
 
 
-def seed_of(config: MetricsConfig, prompt: int, repeat: int) -> int:
+def seed_of(config: MetricsConfig, world: int | None, prompt: int, repeat: int) -> int:
     """Return the seed of an image, from its prompt's index among the chosen ones and its repeat (docs/method.md 5).
 
-    The published code deals the prompts out to its W processes in turn, and each counts its own: W prompts share a seed.
+    world: None, or the number W of processes of the published way. It deals the prompts out to them in turn, and each counts its
+    own: W prompts share a seed.
     """
-    world = published_processes(config)
     place = prompt if world is None else prompt // world
     return config.image_seed + place * config.num_repeats + repeat
 
@@ -137,7 +137,7 @@ def draw_share(job: Job, config: MetricsConfig, subject: Subject, share: Share) 
         folder = folder / subject.label
     places = [(i, repeat) for i in own for repeat in range(repeats)]
     rows = [i - own.start for i, _ in places]
-    seeds = [seed_of(config, i, repeat) for i, repeat in places]
+    seeds = [seed_of(config, subject.plan.settings.published_processes, i, repeat) for i, repeat in places]
     images: list[torch.Tensor] = []
     with progress_bar(job, len(places), "drawing") as bar:
         for batch in draw_images(share.model, share.text, rows, seeds, subject.plan.settings):

@@ -18,17 +18,17 @@ from fdfo.evaluation.statistics import REWARD
 from fdfo.method.learner import Learner, Progress
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.memory import expected_memory
-from fdfo.run_folder.find_checkpoint import AUTO, Checkpoint, Start, guidance_warning
+from fdfo.run_folder.find_checkpoint import Checkpoint, guidance_warning
 from fdfo.run_folder.folder import (
     check_log,
     check_writable,
     claim,
     create_run_folder,
-    evaluated_epochs,
     reopen_run_folder,
 )
 from fdfo.run_folder.log import RunLog
 from fdfo.run_folder.save_checkpoint import TrainingState, changed_settings, damaged, load_checkpoint
+from fdfo.run_folder.start import AUTO, Start
 from fdfo.storage.atomic_files import json_hash
 from rewards.presets import VLM_SCORERS, VLM_TRAINING_SCORERS
 from rewards.registry import VlmSettings, build_scorers, check_scorer_name, reward_weights
@@ -71,15 +71,15 @@ def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     for metric in config.eval_metrics if split.held_out else ():
         check_scorer_name(metric)
     check_writable(start.run or config.runs_dir)
-    state, changed = None, {}
+    state, changed, evaluated = None, {}, set()
     if start.resumed:
         state = load_checkpoint(start.checkpoint)
         changed = changed_settings(config, start.run, state)
     if start.run is not None:
         names = {REWARD, *weights, *config.eval_metrics}
-        job.on_main(lambda: check_log(start.run, config, state, split.held_out, names))
+        evaluated = job.on_main(lambda: check_log(start.run, config, state, split.held_out, names))
     if state is not None:
-        job.on_main(lambda: check_remaining(config, start, state, split))
+        check_remaining(config, start, state, split, evaluated)
     model = load_model(job, config, start.checkpoint)
     compile_seconds = accelerate(job, config, plan, model)
     learner = Learner.start(model, config)
@@ -98,13 +98,13 @@ def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     )  # fmt: skip
 
 
-def check_remaining(config: TrainConfig, start: Start, state: TrainingState, split: PromptSplit) -> None:
-    """Raise UserError if a run to resume was trained on other prompts, or if nothing is left to do."""
+def check_remaining(config: TrainConfig, start: Start, state: TrainingState, split: PromptSplit, evaluated: set[int]) -> None:
+    """Raise UserError if a run to resume was trained on other prompts, or if nothing is left to do. evaluated: epochs."""
     if state.prompts != json_hash(split.training):  # the order of prompts depends on their place in the set
         raise UserError(
             f"The prompts to train on are not those of {start.checkpoint.folder}: restore the prompt file, or start a new run."
         )
-    done = state.epochs == config.num_epochs and (not split.held_out or state.epochs in evaluated_epochs(start.run))
+    done = state.epochs == config.num_epochs and (not split.held_out or state.epochs in evaluated)
     if state.epochs > config.num_epochs or (done and config.resume_from != AUTO):
         raise UserError(f"{start.run} has {state.epochs} epochs already: give a larger --num-epochs to continue.")
 

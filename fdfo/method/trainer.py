@@ -35,9 +35,9 @@ from fdfo.model.images import finite_rows, one_colour, quantised
 from fdfo.model.memory import fitting_plan
 from fdfo.report.console import launcher, print_epoch, print_evaluation, resume_command
 from fdfo.report.sheets import ShownPair, pair_sheet, save_sheet
-from fdfo.run_folder.find_checkpoint import FRESH, Start
 from fdfo.run_folder.log import evaluation_due
 from fdfo.run_folder.save_checkpoint import point_to_best, prune_checkpoints, save_checkpoint
+from fdfo.run_folder.start import FRESH, Start
 from fdfo.storage.atomic_files import json_hash
 from fdfo.storage.prompts import epoch_prompts
 from rewards.scorer import describe

@@ -97,15 +97,13 @@ def claim(run: Path) -> None:
         ) from error
 
 
-def evaluated_epochs(run: Path) -> list[int]:
-    """Return the epochs at which the log of a run to resume has an evaluation."""
-    return [line["epoch"] for line in read_intact_log(run) if line["kind"] == "eval"]
+def check_log(
+    run: Path, config: TrainConfig, state: TrainingState | None, held_out: list[str], names: Collection[str]
+) -> set[int]:
+    """Return the epochs after which the log of a run to resume has an evaluation.
 
-
-def check_log(run: Path, config: TrainConfig, state: TrainingState | None, held_out: list[str], names: Collection[str]) -> None:
-    """Raise UserError unless the log has every epoch and evaluation up to the state, and evaluations by these scorers on these prompts.
-
-    An evaluation need not be there if --eval-every has changed so that it was not due. state: None to begin again.
+    Raises UserError unless it has every epoch and evaluation up to the state, and evaluations by these scorers on these prompts. An
+    evaluation need not be there if --eval-every has changed so that it was not due. state: None to begin again.
     """
     lines, before, now = read_intact_log(run), read_config(run), json_hash(held_out)
     epochs, evaluated = (0, []) if state is None else (state.epochs, state.evaluated)
@@ -126,3 +124,4 @@ def check_log(run: Path, config: TrainConfig, state: TrainingState | None, held_
             )
         if line["kind"] == "eval" and set(line["scores"]) != set(names):
             raise damaged_line(run, number, f"its scores are not those of {', '.join(names)}")
+    return {epoch for kind, epoch in there if kind == "eval"}
