@@ -25,7 +25,7 @@ With --one-gpu two processes share a GPU, for the gradient where there is no sec
 The preset for one GPU of 24 GB, all 432 pairs, on a GPU that lets this process have no more than 23 GB:
 
 python benchmarks/random_hub.py --parts sd35 clip vlm --vlm qwenvl-3b --out /dev/shm/random_hub
-python benchmarks/full_size.py --preset sd35-medium-24gb --pairs 432 --solver-steps 4 --gpu-gb 23 --out small.json
+python benchmarks/full_size.py --preset sd35-medium-24gb --pairs 432 --solver-steps 5 --gpu-gb 23 --out small.json
 
 With few solver steps an epoch takes minutes. Of a whole epoch only trajectories are then missing, and ballast of their size
 takes their place where they would lie: the epoch's, and on the GPU those of one micro-batch of sampling. Seconds of sampling and

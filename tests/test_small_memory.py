@@ -170,15 +170,17 @@ def test_a_sharded_judge_cannot_be_offloaded(tmp_path: Path):
         Vlm(str(save_tiny_qwen(tmp_path)), Job(0, 2, CPU), shard=True, whole=True)
 
 
-def test_the_preset_learns_as_the_default_does():
-    """It differs from the default in memory alone, but for the smaller judge."""
+def test_the_preset_learns_as_the_fast_one_does():
+    """It differs from that preset in memory alone, but for the smaller judge."""
     config = parse_train_config(["--preset", "sd35-medium-24gb"])
     different = {
-        field.name for field in dataclasses.fields(config) if getattr(config, field.name) != getattr(TrainConfig(), field.name)
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(PRESETS["sd35-medium-fast"], field.name)
     }
     assert different == {*FLAGS, "preset", "max_batch_size", "vlm_model_name", "vlm_use_fsdp"}
     plan = plan_batches(config, 1)
-    assert plan.samples == 34560 and plan.gradient_steps == 4 and "432 pairs per epoch" in plan.describe()
+    assert plan.samples == 2160 and plan.gradient_steps == 4 and "432 pairs per epoch" in plan.describe()
     assert plan.sample_batch == plan.train_batch == 4
 
 

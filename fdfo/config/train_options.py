@@ -72,7 +72,7 @@ class TrainConfig(Options):
 
     preset: Literal["sd35-medium", "sd35-medium-fast", "sd35-medium-24gb", "tiny"] = "sd35-medium"
     """set of defaults: sd35-medium, as published; sd35-medium-fast, which trains on a subset of each epoch's samples;
-    sd35-medium-24gb for one GPU of 24 GB, with a smaller judge; tiny, a small bundled model that needs no download and no GPU"""
+    sd35-medium-24gb, the same for one GPU of 24 GB, with a smaller judge; tiny, a small bundled model that needs no download and no GPU"""
     sample: SampleConfig = SampleConfig()
     train: OptimConfig = OptimConfig()
     churn: ChurnConfig = ChurnConfig()
