@@ -16,6 +16,10 @@ from PIL import Image
 from test_prompt_sets import hpdv2
 from test_training import small
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from published_table import table
+
 import fdfo.evaluation.image_sets
 from fdfo.config.command_line import parse_generate_config, parse_metrics_config, parse_train_config
 from fdfo.config.errors import UserError
@@ -37,6 +41,20 @@ DRAW = ("--preset", "tiny", "--prompt-set", "tiny_heldout", "--num-inference-ste
 
 
 # -- command lines and hub names
+
+
+def test_the_experiment_runs_the_readmes_commands_and_ends_with_a_table(tmp_path: Path):
+    """benchmarks/published.sh --rehearse is run by hand: it takes minutes."""
+    script, readme = ((ROOT / name).read_text() for name in ("benchmarks/published.sh", "README.md"))
+    (fetch,) = (line.strip() for line in readme.splitlines() if "pickscore_train.txt https" in line)
+    assert fetch in script and "benchmarks/published.sh" in readme
+    assert subprocess.run(["bash", ROOT / "benchmarks/published.sh", "--rehears"], capture_output=True).returncode == 2
+    with pytest.raises(UserError, match="run benchmarks/published.sh first"):
+        table(tmp_path)
+    for epoch, mean in ((20, 21.5), (100, 22.4)):
+        result = {"epoch": epoch, "metrics": {"pickscore": {"mean": mean, "standard_error": 0.05}}}
+        (tmp_path / f"metrics-pickscore_train-{epoch}.json").write_text(json.dumps({"results": [result]}))
+    assert table(tmp_path).splitlines()[2] == "| pickscore | 21.5000 +- 0.0500 | 22.4000 +- 0.0500 | 22.4704 |"
 
 
 def test_the_published_command_lines_parse():
