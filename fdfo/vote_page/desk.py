@@ -1,6 +1,7 @@
 """The desk: takes pairs and news from the trainer, shows them on the page, keeps the votes."""
 
 import io
+import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class VoteDesk:
         self.prompts: dict[int, str] = {}  # of the open epoch, by pair
         self.news = News(self.images)
         self.alive = time.monotonic()
+        self.boot = secrets.token_hex(4)  # by which a page notices a restart
         self.server = Server(self, Access.make(settings.host, self.images), settings.port)
 
     @property
@@ -184,25 +186,20 @@ class VoteDesk:
             self.alive = time.monotonic()
 
     def state(self, tab: str) -> dict:
-        """Return what the page shows besides pairs."""
+        """Return what the page shows besides pairs. tab: empty for one where nobody has said a name yet."""
         with self.lock:
             now = time.monotonic()
-            if self.ballot is not None:
+            if self.ballot is not None and tab:
                 self.ballot.see(tab, now)
             return self.news.state() | self.counts(now)
 
     def counts(self, now: float) -> dict:
-        ballot = self.ballot
+        """Return the open epoch in numbers; epoch is None if none is open."""
+        ballot, run = self.ballot, {"run": self.run.name, "boot": self.boot, "epochs": self.settings.epochs}
         if ballot is None:
-            return {"run": self.run.name, "epochs": self.settings.epochs, "epoch": None, "left": 0, "showings": 0, "people": 0}
-        return {
-            "run": self.run.name,
-            "epochs": self.settings.epochs,
-            "epoch": ballot.epoch,
-            "left": ballot.left(),
-            "showings": len(ballot.showings),
-            "people": ballot.present(now),
-        }
+            return run | {"epoch": None, "left": 0, "showings": 0, "people": 0}
+        left, showings, people = ballot.left(), len(ballot.showings), ballot.present(now)
+        return run | {"epoch": ballot.epoch, "left": left, "showings": showings, "people": people}
 
 
 def write_image(path: Path, image: torch.Tensor) -> None:
