@@ -8,6 +8,7 @@ FOLDERS = (
     ("run_folder",),
     ("rewards",),  # beside fdfo/, not inside it
     ("model",),
+    ("vote_page",),
     ("distributed", "storage"),
     ("tiny",),
     ("config",),
