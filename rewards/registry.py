@@ -13,6 +13,7 @@ from fdfo.distributed.job import Job
 from rewards.pairs import PairScores
 from rewards.presets import (
     CLIP_SCORERS,
+    HUMAN,
     PAIR_JUDGES,
     REWARD_PRESETS,
     SCORERS,
@@ -165,6 +166,10 @@ def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | Se
         from rewards.scene import SceneScorer
 
         return SceneScorer(job.device)
+    if name == HUMAN:
+        from rewards.human import HumanJudge
+
+        return PairScores(name, HumanJudge(job))
     if name == "pixel_diversity":
         from rewards.pixel_diversity import PixelDiversity
 

@@ -78,6 +78,9 @@ def evaluate(run: Run, stages: Stages) -> None:
     seconds = stages.clock.take("evaluate")
     job.on_main(lambda: record(run.log, held_out, evaluation, images[:: held_out.repeats], seconds))
     line = job.on_main(lambda: newest_evaluation(run.log))
+    if run.people is not None:
+        shown = images[:: held_out.repeats]
+        job.on_main(lambda: run.people.tell_evaluation(epoch, line["means"], held_out.prompts, shown))
     if job.is_main:
         print_evaluation(line)
     if run.config.strict and line["warnings"]:

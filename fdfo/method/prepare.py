@@ -23,7 +23,8 @@ from fdfo.run_folder.log import RunLog
 from fdfo.run_folder.save_checkpoint import TrainingState, changed_settings, damaged, load_checkpoint
 from fdfo.run_folder.start import AUTO, Start
 from fdfo.storage.atomic_files import json_hash
-from rewards.presets import VLM_SCORERS, VLM_TRAINING_SCORERS
+from rewards.human import HumanJudge, read_recorded, set_aside_votes
+from rewards.presets import HUMAN, VLM_SCORERS, VLM_TRAINING_SCORERS
 from rewards.registry import VlmSettings, build_scorers, check_metric_name, is_pair_judge, reward_weights
 from rewards.scorer import Judges, WeightedReward, check_prompts
 
@@ -54,6 +55,12 @@ class Run:
     def progress(self) -> Progress:
         return self.learner.progress
 
+    @property
+    def people(self) -> HumanJudge | None:
+        """The people who judge the pairs, if any do."""
+        scorer = self.judges.reward.scorers.get(HUMAN)
+        return None if scorer is None else scorer.judge
+
 
 def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     """Prepare a run. Raises UserError."""
@@ -64,7 +71,7 @@ def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     for metric in config.eval_metrics if split.held_out else ():
         check_metric_name(metric)
     check_writable(start.run or config.runs_dir)
-    state, changed, evaluated = None, {}, set()
+    state, changed, evaluated, recorded = None, {}, set(), None
     if start.resumed:
         state = load_checkpoint(start.checkpoint)
         changed = changed_settings(config, start.run, state)
@@ -73,6 +80,8 @@ def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
         evaluated = job.on_main(lambda: check_log(start.run, config, state, split.held_out, names))
     if state is not None:
         check_remaining(config, start, state, split, evaluated)
+    if config.votes is not None:
+        recorded = job.on_main(lambda: read_recorded(config.votes, config, split.training, state.epochs if state else 0))
     model = load_model(job, config, start.checkpoint)
     compile_seconds = accelerate(job, config, plan, model)
     learner = Learner.start(model, config)
@@ -86,9 +95,14 @@ def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     log = RunLog(folder, config, reached, job.is_main)
     health = Health(config.precision, log.gradient_norms)
     first_epoch = progress.epochs + (1 if progress.steps else 0)
-    return Run(
+    run = Run(
         job, config, folder, log, plan, split.training, learner, judges, held_out, health, changed, first_epoch, compile_seconds,
     )  # fmt: skip
+    if run.people is not None:
+        if changed:
+            job.on_main(lambda: set_aside_votes(folder, progress.epochs))
+        run.people.start(config, folder, recorded)
+    return run
 
 
 def evaluated_names(weights: dict[str, float], config: TrainConfig) -> set[str]:
@@ -194,3 +208,5 @@ def announce(run: Run) -> None:
     job.print(run.plan.describe())
     job.print(expected_memory(job, config, run.model, run.plan))
     job.print(f"run folder: {run.folder}")
+    if run.people is not None:
+        job.print(run.people.invitation)

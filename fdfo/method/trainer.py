@@ -57,7 +57,8 @@ def train(job: Job, config: TrainConfig, start: Start = FRESH) -> Run:
     run.plan = fitting_plan(job, config, run.model, run.plan)
     announce(run)
     with guarded(job, config.timeout_minutes) as guard:
-        stages = Stages(job, StageClock(job.device), guard)
+        tell = {} if run.people is None else {"tell": run.people.tell}
+        stages = Stages(job, StageClock(job.device), guard, **tell)
         try:
             evaluate(run, stages)
             while run.progress.epochs < config.num_epochs:
@@ -68,6 +69,9 @@ def train(job: Job, config: TrainConfig, start: Start = FRESH) -> Run:
             job.print(f"{stopped}; resume with\n  {resume_command(job, config, run.folder)}")
             run.log.close()
             raise
+        finally:
+            if run.people is not None:
+                run.people.close()
     return run
 
 
@@ -109,10 +113,13 @@ def collect(run: Run, stages: Stages) -> Experience:
     with stages("encode", epoch + 1):
         prompts = epoch_prompts(run.prompts, epoch, config.total_pairs_per_epoch, config.seed)[pairs.start : pairs.stop]
         share = PairShare(epoch, pairs, prompts, *model.encode_prompts(prompts, config.sample.guidance_scale))
-    with stages("sample", epoch + 1, total=len(pairs), unit="pairs"):
-        rollout = sample_share(model, config, run.plan, share, stages.progress)
-    with stages("decode", epoch + 1):
-        images = model.decode(rollout.final)
+    if run.people is None:
+        with stages("sample", epoch + 1, total=len(pairs), unit="pairs"):
+            rollout = sample_share(model, config, run.plan, share, stages.progress)
+        with stages("decode", epoch + 1):
+            images = model.decode(rollout.final)
+    else:
+        rollout, images = sample_for_people(run, stages, share)
     with stages("reward", epoch + 1):
         differences = score_share(rollout, images, run.judges.reward)
     if run.progress.samples == 0:
@@ -120,6 +127,26 @@ def collect(run: Run, stages: Stages) -> Experience:
     check_pairs_left(run.job, epoch + 1, differences.dropped, finite_rows(images), differences.scores)
     shown = shown_pairs(rollout, differences, images) if evaluated_after(run, epoch + 1) else []
     return Experience(rollout, differences, one_colour(images), shown)
+
+
+def sample_for_people(run: Run, stages: Stages, share: PairShare) -> tuple[Rollout, torch.Tensor]:
+    """Sample this rank's pairs, show each batch to the people as soon as it is decoded, and wait until they have judged all."""
+    people, plan, images = run.people, run.plan, []
+    batches = -(-max(plan.pairs) // plan.sample_batch)  # of the rank that has most; every rank offers as often
+    people.open_epoch(share.epoch, share.pairs, under_way=bool(run.progress.steps))
+
+    def show(rollout: Rollout, batch: range) -> None:
+        rows, own = slice(2 * batch.start, 2 * batch.stop), slice(batch.start, batch.stop)
+        images.append(run.model.decode(rollout.final[rows]))
+        people.offer(share.pairs[own], share.prompts[own], quantised(images[-1]), stages)
+
+    with stages("sample", share.epoch + 1, total=len(share.pairs), unit="pairs"):
+        rollout = sample_share(run.model, run.config, plan, share, after_batch=show)
+        for _ in range(batches - len(images)):
+            people.offer(share.pairs[len(share.pairs) :], [], images[-1][:0], stages)
+    with stages("votes", share.epoch + 1, total=run.config.total_pairs_per_epoch, unit="pairs judged"):
+        people.wait(stages)
+    return rollout, torch.cat(images)
 
 
 def shown_pairs(rollout: Rollout, differences: Differences, images: torch.Tensor) -> list[ShownPair]:
