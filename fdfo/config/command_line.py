@@ -9,7 +9,7 @@ import tyro
 from fdfo.config.errors import UserError
 from fdfo.config.options import Options, check_options, flag_of
 from fdfo.config.plan import plan_churn, plan_subset
-from fdfo.config.presets import PRESETS
+from fdfo.config.presets import PRESETS, for_people, judged_by_people
 from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig, ReportConfig, VotesConfig
 from fdfo.config.train_options import TrainConfig
 
@@ -37,7 +37,10 @@ def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, qu
     """Parse the command line of train.py over the defaults of --preset, or over the settings of the run to resume."""
     default = saved or PRESETS.get(flag_value(argv, "--preset"), PRESETS["sd35-medium"])
     config = parse(TrainConfig, argv, quiet, default=default)
+    if saved is None and judged_by_people(config):
+        config = parse(TrainConfig, argv, quiet, default=for_people(default))
     check_train_config(config)
+    check_human_flags(argv, config)
     if config.reward_specs and flag_value(argv, "--reward-preset"):
         raise UserError("--reward-preset has no effect beside --reward-specs: leave one of them out.")
     if config.eval_prompts == 0:
@@ -45,6 +48,16 @@ def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, qu
             if flag_value(argv, flag):
                 raise UserError(f"{flag} has no effect with --eval-prompts 0, which means no evaluation: leave one of them out.")
     return config
+
+
+def check_human_flags(argv: Sequence[str], config: TrainConfig) -> None:
+    """Raise UserError for flags of people who judge where nobody does."""
+    names = [name for name in TrainConfig.__dataclass_fields__ if name.startswith("human_")]
+    given = [flag_of(name) for name in [*names, "votes"] if flag_value(argv, flag_of(name))]
+    if given and not judged_by_people(config):
+        raise UserError(f"{given[0]} has no effect without people who judge: add --reward-preset human, or leave it out.")
+    if config.votes is not None and given and given[0] != "--votes":
+        raise UserError(f"{given[0]} has no effect with --votes, which takes recorded votes: leave one of them out.")
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str:
