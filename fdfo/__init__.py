@@ -3,6 +3,7 @@
 FOLDERS = (
     ("scripts",),  # train.py, generate.py, metrics.py and benchmarks/
     ("method",),
+    ("votes",),
     ("evaluation", "export"),
     ("report",),
     ("run_folder",),

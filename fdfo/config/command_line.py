@@ -10,7 +10,7 @@ from fdfo.config.errors import UserError
 from fdfo.config.options import Options, check_options, flag_of
 from fdfo.config.plan import plan_churn, plan_subset
 from fdfo.config.presets import PRESETS, for_people, judged_by_people
-from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig, ReportConfig
+from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig, ReportConfig, VotesConfig
 from fdfo.config.train_options import TrainConfig
 
 T = TypeVar("T", bound=Options)
@@ -169,4 +169,12 @@ def parse_report_config(argv: Sequence[str]) -> ReportConfig:
         raise UserError(f"--out {config.out} is no HTML file: end it with .html.")
     if config.watch and len(config.runs) > 1:
         raise UserError("--watch is for one run: name one run folder, or leave --watch out.")
+    return config
+
+
+def parse_votes_config(argv: Sequence[str]) -> VotesConfig:
+    """Parse the command line of fdfo.votes. Raises UserError."""
+    config = parse(VotesConfig, argv, prog="python -m fdfo.votes", config=(tyro.conf.PositionalRequiredArgs,))
+    if config.export is not None and os.path.lexists(config.export):
+        raise UserError(f"{config.export} exists already: give --export the name of a new folder.")
     return config

@@ -7,11 +7,11 @@ Everywhere a post must come from the page itself: JSON, and of the same origin i
 import ipaddress
 import secrets
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,20 +49,21 @@ class Access:
         except OSError as error:
             raise UserError(f"{path} cannot be used ({error.strerror}): make it readable and writable.") from error
 
-    def refusal(self, scope: Scope, cookie: str) -> tuple[int, str] | None:
+    def refusal(self, request: Request, cookie: str) -> tuple[int, str] | None:
         """Return why a request is refused, as status and sentence; None if it is not. cookie: name of the one with the token."""
-        headers = Headers(scope=scope)
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if self.token is None:
-            if not is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or ""):
+            if not is_loopback(host_name(host)):
                 return 403, "This page answers under the name of this machine alone: open the address that the run printed."
-        elif not secrets.compare_digest(given_token(scope, headers, cookie).encode(), self.token.encode()):
-            return 403, "The token is missing or wrong: open the whole address that the run printed."
-        if scope["method"] in ("GET", "HEAD"):
+        else:
+            given = request.query_params.get("token") or request.cookies.get(cookie, "")
+            if not secrets.compare_digest(given.encode(), self.token.encode()):
+                return 403, "The token is missing or wrong: open the whole address that the run printed."
+        if request.method in ("GET", "HEAD"):
             return None
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return 415, "Send JSON, with its content type."
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and origin != f"http://{host}":
             return 403, "This request comes from another site."
         return None
 
@@ -75,16 +76,12 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def given_token(scope: Scope, headers: Headers, cookie: str) -> str:
-    """Return the token in the address, or else in the cookie."""
-    token = QueryParams(scope["query_string"]).get("token")
-    if token is not None:
-        return token
+def host_name(header: str) -> str:
+    """Return the name or address in a Host header, without its port; an empty one if it is malformed."""
     try:
-        found = SimpleCookie(headers.get("cookie", "")).get(cookie)
-    except CookieError:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
         return ""
-    return "" if found is None else found.value
 
 
 class Gate:
@@ -102,6 +99,6 @@ class Gate:
                     headers["set-cookie"] = f"{self.cookie}={self.access.token}; Path=/; HttpOnly; SameSite=Strict"
             await send(message)
 
-        refusal = self.access.refusal(scope, self.cookie)
+        refusal = self.access.refusal(Request(scope), self.cookie)
         app = self.app if refusal is None else JSONResponse({"error": refusal[1]}, status_code=refusal[0])
         await app(scope, receive, answer)

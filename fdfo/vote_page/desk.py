@@ -19,7 +19,7 @@ from fdfo.vote_page.server import Server
 from fdfo.vote_page.votes_file import Vote, VotesFile, pair_values
 
 VOTES, IMAGES = "votes.jsonl", "votes"  # in the run folder
-NO_EPOCH = "No epoch is open now: wait until the next pairs are sampled."
+CLOSED = "This epoch is closed: its votes are in use already."
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class VoteDesk:
             )
         self.images = run / IMAGES
         self.images.mkdir(exist_ok=True)
-        self.ballot: Ballot | None = None
+        self.epoch = 0  # the one opened last
+        self.ballot: Ballot | None = None  # of the open epoch
         self.prompts: dict[int, str] = {}  # of the open epoch, by pair
         self.news = News(self.images)
         self.alive = time.monotonic()
@@ -63,7 +64,7 @@ class VoteDesk:
         """Open an epoch, counted from 0, of so many pairs. Votes that it has already, from before a restart, count."""
         with self.lock:
             self.ballot = Ballot(self.settings.seed, epoch, total, self.settings.shown_twice, self.file.votes)
-            self.prompts = {}
+            self.epoch, self.prompts = epoch, {}
             self.news.forget_after(epoch)
             self.alive = time.monotonic()
 
@@ -72,7 +73,7 @@ class VoteDesk:
 
         Raises UserError if the images cannot be written.
         """
-        folder = self.images / str(self.ballot.epoch)
+        folder = self.images / str(self.epoch)
         for branch, image in enumerate(images):
             write_image(folder / f"{pair}-{branch}.jpg", image)
         with self.lock:
@@ -80,9 +81,9 @@ class VoteDesk:
             self.ballot.offer(pair)
 
     def values(self) -> dict[int, float]:
-        """Return R1 - R2 in [-1, 1] of the pairs of the open epoch that have a vote: the mean, if a pair was shown twice."""
+        """Return R1 - R2 in [-1, 1] of the pairs of the epoch that have a vote: the mean, if a pair was shown twice."""
         with self.lock:
-            return pair_values(self.file.votes, self.ballot.epoch)
+            return pair_values(self.file.votes, self.epoch)
 
     def left(self) -> int:
         """Return how many showings of the open epoch have no answer yet; 0: all is judged, repeats included."""
@@ -156,7 +157,7 @@ class VoteDesk:
         """Take back a person's last vote in the open epoch, and return its pair as give() does."""
         with self.lock:
             if self.ballot is None:
-                raise Refused("This epoch is closed: its votes are in use already.")
+                raise Refused(CLOSED)
             last = self.ballot.last_of(person)
             if last.pair not in self.ballot.offered:
                 raise Refused("That pair is not drawn again yet: wait a moment.")
@@ -167,7 +168,7 @@ class VoteDesk:
     def check_epoch(self, epoch: int) -> None:
         """Raise Refused unless this epoch is open."""
         if self.ballot is None:
-            raise Refused("This epoch is closed: its votes are in use already.")
+            raise Refused(CLOSED)
         if epoch != self.ballot.epoch:
             raise Refused(f"Epoch {epoch + 1} is not open: epoch {self.ballot.epoch + 1} is.")
 

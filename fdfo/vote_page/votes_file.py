@@ -112,7 +112,7 @@ class VotesFile:
     def append(self, vote: Vote) -> None:
         """Add a vote; return once it is on the disk. Raises UserError if it cannot be; the file then is as before."""
         try:
-            self._write((json.dumps(asdict(vote), ensure_ascii=False) + "\n").encode())
+            self._write((json.dumps(asdict(vote)) + "\n").encode())
         except OSError as error:
             raise self._unwritable(error) from error
         self.votes.append(vote)
