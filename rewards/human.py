@@ -101,7 +101,7 @@ class HumanJudge:
                     f"votes, less than --human-enough {self.config.human_enough:g} of them: stopped"
                 )
             if late or not left:
-                self.values = self.job.on_main(self.desk.close_epoch)
+                self.values = self.job.on_main(lambda: self.desk.close_epoch())
             else:
                 time.sleep(LOOK_SECONDS)
 
