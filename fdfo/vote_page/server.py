@@ -18,14 +18,14 @@ from starlette.routing import Route
 
 from fdfo.config.errors import UserError
 from fdfo.vote_page.access import Access, Gate
-from fdfo.vote_page.ballot import Refused
+from fdfo.vote_page.ballot import NotYet, Refused
 from fdfo.vote_page.votes_file import Number, Person
 
 if TYPE_CHECKING:
     from fdfo.vote_page.desk import VoteDesk
 
 HERE = Path(__file__).parent
-PAGE_FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
+PAGE_FILES = {"/": "page.html"} | {f"/{name}": name for name in ("page.css", "page.js", "learning.js")}
 Place = tuple[Number, Number, Annotated[int, Field(ge=1, le=2)]]  # epoch, pair, showing
 Tab = Annotated[str, Field(min_length=1, max_length=60)]
 T = TypeVar("T")
@@ -103,12 +103,16 @@ def build_app(desk: "VoteDesk", access: Access, port: int) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[Middleware(Gate, access=access, port=port)],
-        exception_handlers={Refused: refused, UserError: not_kept},
+        exception_handlers={Refused: refused, NotYet: not_yet, UserError: not_kept},
     )
 
 
 async def refused(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 409)
+
+
+async def not_yet(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 503)
 
 
 async def not_kept(_: Request, error: Exception) -> Response:
