@@ -49,6 +49,6 @@ def for_people(preset: TrainConfig) -> TrainConfig:
     tiny = preset.preset == "tiny"
     return dataclasses.replace(
         preset, total_pairs_per_epoch=64, num_epochs=10 if tiny else 50, save_freq=1, eval_every=1 if tiny else 5,
-        train=dataclasses.replace(preset.train, learning_rate=1e-3) if tiny else preset.train,
+        train=dataclasses.replace(preset.train, learning_rate=5e-4) if tiny else preset.train,
         eval_metrics=("scene", *preset.eval_metrics) if tiny else preset.eval_metrics,
     )  # fmt: skip
