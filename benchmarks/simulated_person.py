@@ -108,7 +108,7 @@ def train(options: Options, wrong: float, seed: int, runs: Path) -> Outcome:
         "--human-port",
         "0",
     ]
-    command += ["--runs-dir", str(runs), "--run-name", f"wrong-{wrong}-seed-{seed}", *options.flags.split()]
+    command += ["--runs-dir", str(runs), "--run-name", f"wrong-{wrong}-seed-{seed}".replace(".", "p"), *options.flags.split()]
     start = time.monotonic()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as trainer, sync_playwright() as playwright:
         url = next(found[0] for line in trainer.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))

@@ -60,7 +60,7 @@ function curve(name, evaluations) {
   const value = document.createElement("p");
   const change = document.createElement("small");
   value.textContent = `${number(last[1])} `;
-  if (points.length > 1) change.textContent = `${last[1] < first[1] ? "−" : "+"}${number(Math.abs(last[1] - first[1]))} since epoch ${first[0]}`;
+  if (points.length > 1) change.textContent = `${last[1] < first[1] ? "−" : "+"}${number(Math.abs(last[1] - first[1]), 3)} since epoch ${first[0]}`;
   value.append(change);
   figure.append(value, drawing(points), axis(first, last));
   return figure;
@@ -96,8 +96,8 @@ function axis(first, last) {
   return line;
 }
 
-function number(value) {
-  return Number(value.toPrecision(4)).toString();
+function number(value, digits = 4) {
+  return Number(value.toPrecision(digits)).toString();
 }
 
 byId("slider").addEventListener("input", () => {

@@ -203,7 +203,7 @@ function announce(text) {
 }
 
 function duration(seconds) {
-  return seconds < 90 ? `about ${Math.max(1, Math.round(seconds))} s` : `about ${Math.round(seconds / 60)} minutes`;
+  return seconds < 90 ? `about ${Math.round(seconds)} s` : `about ${Math.round(seconds / 60)} minutes`;
 }
 
 function capital(text) {
@@ -219,8 +219,9 @@ function fill(bar, done, total) {
 function drawState() {
   if (state === null) return;
   const { stage, epoch, left, showings } = state;
-  const count = stage.total ? `: ${stage.done} of ${stage.total} ${stage.unit}` : "";
-  const time = state.seconds_left === null ? "" : `, ${duration(state.seconds_left)} left`;
+  const waits = stage.name.startsWith("waiting"); // for people: the counter of the epoch says how far they are
+  const count = stage.total && !waits ? `: ${stage.done} of ${stage.total} ${stage.unit}` : "";
+  const time = state.seconds_left >= 1 && !waits ? `, ${duration(state.seconds_left)} left` : "";
   const status = byId("status");
   status.classList.remove("trouble");
   status.textContent = `Trainer: ${stage.name}${count}${time}`;
