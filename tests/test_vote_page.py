@@ -519,7 +519,8 @@ def test_two_people_judge_each_pair_once_and_a_restart_loses_nothing(open_desk: 
     for pair, images in enumerate(noise(20)):
         again.offer(pair, f"{MARKUP} {pair}", images)
     wait_for(ann, "!busy")
-    wait_left(ann, 15)
+    for page in (ann, bo):
+        wait_left(page, 15)
     bo.keyboard.press("ArrowLeft")
     wait_left(bo, 14)
     votes = read_votes(again.file.path)
