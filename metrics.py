@@ -43,10 +43,10 @@ def main() -> None:
 def read_command_line(argv: list[str]) -> MetricsConfig:
     """Return the options. Raises UserError for metrics and files that cannot be, before any model is loaded."""
     config = parse_metrics_config(argv)
-    from rewards.registry import check_scorer_name
+    from rewards.registry import check_metric_name
 
     for metric in config.metrics:
-        check_scorer_name(metric)
+        check_metric_name(metric)
         if metric in SET_SCORERS and config.images is None and config.num_repeats < 2:
             raise UserError(f"{metric} compares the images of one prompt: add --num-repeats 2 or more.")
     if len(set(config.metrics)) < len(config.metrics):

@@ -56,7 +56,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fdfo.method.trainer  # noqa: E402
 import fdfo.method.update  # noqa: E402
-import rewards.vlm  # noqa: E402
+import rewards.vlm.judge  # noqa: E402
 from fdfo.config.options import to_dict  # noqa: E402
 from fdfo.config.plan import plan_batches, plan_subset  # noqa: E402
 from fdfo.config.presets import PRESETS
@@ -188,7 +188,7 @@ def peaks_by_stage() -> Iterator[dict[str, dict[str, float]]]:
 def main(config: FullSizeConfig) -> None:
     if config.eager:
         FlowModel.accelerate = lambda self, compiled_rows, resolution: None
-        rewards.vlm.use_varlen_attention = lambda visual, device: None
+        rewards.vlm.judge.use_varlen_attention = lambda visual, device: None
     if config.one_gpu:
         share_first_gpu()
     with start_job() as job, tempfile.TemporaryDirectory() as folder:
@@ -199,7 +199,7 @@ def main(config: FullSizeConfig) -> None:
         settings = run_config(config, Path(folder), job.world_size)
         held = ballast(settings, config.pairs, job.device)
         if config.shard_vlm:
-            rewards.vlm.needs_sharding = lambda name, dtype, job: True
+            rewards.vlm.judge.needs_sharding = lambda name, dtype, job: True
         if config.gradient is not None:
             keep_first_step(config.gradient)
         with peaks_by_stage() as peaks:

@@ -47,7 +47,7 @@ from fdfo.config.plan import ImageSettings  # noqa: E402
 from fdfo.config.presets import PRESETS  # noqa: E402
 from fdfo.distributed.launch import run_command_line  # noqa: E402
 from fdfo.evaluation.heldout import DEFAULT_PROMPTS  # noqa: E402
-from fdfo.method.draw import EVALUATION_SEED  # noqa: E402
+from fdfo.method.evaluate import EVALUATION_SEED  # noqa: E402
 from fdfo.model.flow_model import FlowModel  # noqa: E402
 from fdfo.model.images import draw_images, encode_for_images  # noqa: E402
 from fdfo.run_folder.find_checkpoint import CONFIG, all_checkpoints, read_config  # noqa: E402

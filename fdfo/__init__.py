@@ -3,11 +3,13 @@
 FOLDERS = (
     ("scripts",),  # train.py, generate.py, metrics.py and benchmarks/
     ("method",),
+    ("votes",),
     ("evaluation", "export"),
     ("report",),
     ("run_folder",),
     ("rewards",),  # beside fdfo/, not inside it
     ("model",),
+    ("vote_page",),
     ("distributed", "storage"),
     ("tiny",),
     ("config",),

@@ -1,13 +1,19 @@
-"""Names of the scorers, and presets: weighted sets of them."""
+"""Names of the scorers and of the judges of pairs, and presets: weighted sets of them."""
+
+from fdfo.config.presets import HUMAN
 
 CLIP_SCORERS = ("pickscore", "hpsv2", "clip_h14", "clip_l14", "scene_clip")
 VLM_SCORERS = ("vlm_alignment", "vlm_quality", "vlm_photo")
 VLM_TRAINING_SCORERS = tuple(f"{name}_train" for name in VLM_SCORERS)  # with the question and the images of training
 SET_SCORERS = ("dreamsim_diversity", "pixel_diversity")
 SCORERS = (*CLIP_SCORERS, *VLM_SCORERS, *VLM_TRAINING_SCORERS, "scene", *SET_SCORERS)
+VLM_PAIR = "vlm_pair"
+PAIR_JUDGES = (HUMAN, VLM_PAIR)  # compare the two images of a pair, so they can be a reward but no metric
 REWARD_PRESETS = {
     "pickscore": {"pickscore": 1.0},
     "vlm_alignment": {"vlm_alignment": 1.0},
     "combined": {"pickscore": 1.0, "vlm_alignment": 0.1},
     "scene": {"scene": 1.0},
+    "human": {HUMAN: 1.0},
+    "vlm_pair": {VLM_PAIR: 1.0},
 }

@@ -1,20 +1,35 @@
-"""Builds scorers from their names, and weights from --reward-preset or --reward-specs (docs/method.md 5)."""
+"""Builds scorers and judges of pairs from their names, and weights from --reward-preset or --reward-specs (docs/method.md 5)."""
 
 import importlib
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from fdfo.config.errors import UserError, brief
 from fdfo.distributed.job import Job
-from rewards.presets import CLIP_SCORERS, REWARD_PRESETS, SCORERS, SET_SCORERS, VLM_SCORERS, VLM_TRAINING_SCORERS
+from rewards.pairs import PairScores
+from rewards.presets import (
+    CLIP_SCORERS,
+    HUMAN,
+    PAIR_JUDGES,
+    REWARD_PRESETS,
+    SCORERS,
+    SET_SCORERS,
+    VLM_PAIR,
+    VLM_SCORERS,
+    VLM_TRAINING_SCORERS,
+)
 from rewards.scorer import Offload, Scorer, SetScorer, own_errors, own_habits
+
+if TYPE_CHECKING:
+    from rewards.vlm.judge import Vlm
 
 
 def reward_weights(preset: str, specs: tuple[str, ...]) -> dict[str, float]:
-    """Return the weights of a preset, or of NAME=WEIGHT specs if there are any, by scorer. Raises UserError for bad ones.
+    """Return the weights of a preset, or of NAME=WEIGHT specs if there are any, by scorer or judge. Raises UserError for bad ones.
 
     The VLM's scorers get the names of their training variant, whose values differ from the metrics' (docs/method.md 5).
     """
@@ -31,7 +46,7 @@ def reward_weights(preset: str, specs: tuple[str, ...]) -> dict[str, float]:
 
 
 def parse_spec(spec: str) -> tuple[str, float]:
-    """Split NAME=WEIGHT. Raises UserError unless the scorer exists and the weight is a number."""
+    """Split NAME=WEIGHT. Raises UserError unless the scorer or judge exists and the weight is a number."""
     name, _, text = spec.rpartition("=")
     try:
         weight = float(text)
@@ -39,18 +54,33 @@ def parse_spec(spec: str) -> tuple[str, float]:
         raise UserError(f"The reward {spec!r} is not NAME=WEIGHT: write pickscore=1.0, for example.") from error
     if not math.isfinite(weight):
         raise UserError(f"The weight of the reward {spec!r} is not a finite number: write pickscore=1.0, for example.")
-    check_scorer_name(name)
+    check_name(name, (*SCORERS, *PAIR_JUDGES))
     if name in SET_SCORERS:
         raise UserError(f"{name} compares the images of one prompt, so it is a metric and no reward: leave it out.")
     return name, weight
 
 
-def check_scorer_name(name: str) -> None:
-    """Raise UserError unless the name is a scorer's, or MODULE:CLASS of one that can be imported."""
+def check_name(name: str, known: Collection[str]) -> None:
+    """Raise UserError unless the name is among the known ones, or MODULE:CLASS of one that can be imported."""
     if ":" in name:
         _own_class(name)
-    elif name not in SCORERS:
-        raise UserError(f"There is no scorer {name!r}: use one of {', '.join(SCORERS)}, or MODULE:CLASS of your own.")
+    elif name not in known:
+        raise UserError(f"There is no scorer {name!r}: use one of {', '.join(known)}, or MODULE:CLASS of your own.")
+
+
+def check_metric_name(name: str) -> None:
+    """Raise UserError unless the name is that of a scorer, which scores single images or those of one prompt."""
+    if is_pair_judge(name):
+        raise UserError(f"{name} compares the two images of a pair, so it is a reward and no metric: leave it out.")
+    check_name(name, SCORERS)
+
+
+def is_pair_judge(name: str) -> bool:
+    """Return whether a name is that of a judge of pairs: of one's own, a class with `compare` and without `score`."""
+    if ":" not in name:
+        return name in PAIR_JUDGES
+    own = _own_class(name)
+    return callable(getattr(own, "compare", None)) and not hasattr(own, "score")
 
 
 def _own_class(name: str) -> type:
@@ -65,11 +95,15 @@ def _own_class(name: str) -> type:
 
 
 def _own_scorer(name: str, device: torch.device) -> Scorer | SetScorer:
-    """Make a scorer of the user's own. Raises UserError if it cannot be made, or has no score method."""
+    """Make a scorer or judge of the user's own. Raises UserError if it cannot be made, or has no method for either."""
     with own_errors(f"{name} cannot be made", "its class is called with device=... alone"):
         scorer = _own_class(name)(device=device)
+    if is_pair_judge(name):
+        return PairScores(name, scorer)
     if not callable(getattr(scorer, "score", None)):
-        raise UserError(f"The scorer {name} has no method score(prompts, images): add it.")
+        raise UserError(
+            f"The scorer {name} has no method score(prompts, images): add it; or compare(prompts, first, second), for a judge of pairs."
+        )
     return scorer
 
 
@@ -88,24 +122,35 @@ def build_scorers(
     offloaded: Collection[str] = (),
     as_published: bool = False,
 ) -> dict[str, Scorer | SetScorer]:
-    """Build the scorers of these names on the job's device; load the VLM once for all its questions. Raises UserError.
+    """Build the scorers of these names on the job's device; load the VLM once for all its questions. Judges of pairs become scorers
+    of images that lie pair by pair. Raises UserError.
 
     offloaded: those whose models wait in host memory between their calls if there is a GPU. as_published: take the processors with
     which the published figures of metrics were made.
     """
     scorers, judge, offload = {}, None, Offload(job.device)
     offloaded = set(offloaded) if job.device.type == "cuda" else set()
-    vlm_names = {*VLM_SCORERS, *VLM_TRAINING_SCORERS}
+    vlm_names = {*VLM_SCORERS, *VLM_TRAINING_SCORERS, VLM_PAIR}
     for name in names:
         if name in vlm_names:
-            from rewards.vlm import QUESTIONS, Vlm, VlmScorer
+            from rewards.vlm.judge import Vlm
 
             judge = judge or Vlm(vlm.model, job, vlm.use_fsdp, whole=bool(vlm_names & offloaded))
-            scorer = VlmScorer(judge, QUESTIONS[name], "training" if name in VLM_TRAINING_SCORERS else "metrics")
+            scorer = build_vlm_scorer(name, judge)
         else:
             scorer = build_scorer(name, job, as_published)
         scorers[name] = offload(scorer) if name in offloaded else scorer
     return scorers
+
+
+def build_vlm_scorer(name: str, vlm: "Vlm") -> Scorer:
+    """Build one of the VLM's scorers, or its judge of pairs."""
+    from rewards.vlm.judge import QUESTIONS, VlmScorer
+    from rewards.vlm.pair import VlmPairJudge
+
+    if name == VLM_PAIR:
+        return PairScores(name, VlmPairJudge(vlm))
+    return VlmScorer(vlm, QUESTIONS[name], "training" if name in VLM_TRAINING_SCORERS else "metrics")
 
 
 def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | SetScorer:
@@ -121,6 +166,10 @@ def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | Se
         from rewards.scene import SceneScorer
 
         return SceneScorer(job.device)
+    if name == HUMAN:
+        from rewards.human import HumanJudge
+
+        return PairScores(name, HumanJudge(job))
     if name == "pixel_diversity":
         from rewards.pixel_diversity import PixelDiversity
 

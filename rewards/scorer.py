@@ -5,6 +5,8 @@ float32`. It may have `check_prompts(prompts: list[str])`, which raises UserErro
 `description`, a text for the log, and `model`, a torch.nn.Module that waits in host memory if the scorer is offloaded. Training
 and evaluation use the same classes; training passes floats, evaluation uint8.
 
+A judge of pairs compares two images, and is turned into a scorer of images that lie pair by pair (pairs.py).
+
 A set scorer compares the images of one prompt with each other. It has `score_sets(images: Tensor [N, 3, H, W] uint8,
 counts: list[int]) -> Tensor [P] float32`, one number per prompt, and is a metric only.
 """
@@ -12,7 +14,7 @@ counts: list[int]) -> Tensor [P] float32`, one number per prompt, and is a metri
 import contextlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -104,13 +106,22 @@ def reason(error: BaseException) -> str:
 
 
 class WeightedReward:
-    """The reward of a run: a weighted sum of scorers."""
+    """The reward of a run: a weighted sum of scorers, some of which may be judges of pairs."""
 
-    def __init__(self, weights: dict[str, float], scorers: dict[str, Scorer]):
-        self.weights, self.scorers = weights, scorers
+    def __init__(self, weights: dict[str, float], scorers: dict[str, Scorer], judges: Collection[str] = ()):
+        """judges: names of those that compare the images of a pair, and so cannot score a single image."""
+        self.weights, self.scorers, self.judges = weights, scorers, frozenset(judges)
+
+    @property
+    def of_images(self) -> dict[str, Scorer]:
+        """The scorers that score single images."""
+        return {name: scorer for name, scorer in self.scorers.items() if name not in self.judges}
 
     def score(self, prompts: list[str], images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the raw scores of every scorer, [N] float32 each, on the images' device. Raises UserError for a broken scorer."""
+        """Return the raw scores of every scorer, [N] float32 each, on the images' device: prompts [N], images [N, 3, H, W].
+
+        Judges need the two images of a pair in rows 2k and 2k + 1. Raises UserError for a broken scorer.
+        """
         return {name: checked_scores(name, scorer, prompts, images).to(images.device) for name, scorer in self.scorers.items()}
 
     def total(self, scores: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -5,7 +5,8 @@ import sys
 import torch
 
 from fdfo.distributed.launch import run_command_line, start_job
-from rewards.vlm import QUESTIONS, Vlm, VlmScorer
+from rewards.vlm.judge import QUESTIONS, Vlm, VlmScorer
+from rewards.vlm.pair import VlmPairJudge
 
 
 def main() -> None:
@@ -18,6 +19,8 @@ def main() -> None:
         whole, own = (sum(p.to_local().numel() if j.sharded else p.numel() for p in j.model.parameters()) for j in judges)
         assert own < 0.6 * whole, (own, whole)
         scores = [VlmScorer(judge, QUESTIONS["vlm_alignment_train"], "training").score(captions, images) for judge in judges]
+        pairs = len(captions) // 2
+        scores += [VlmPairJudge(judge).compare(captions[:pairs], images[:pairs], images[pairs:]) for judge in judges]
         results = job.gather_objects([values.tolist() for values in scores])
         if job.is_main:
             torch.save(results, sys.argv[2])

@@ -39,11 +39,12 @@ STAGES = {  # function that is on the stack: what the run is doing; the first th
     "remove_folder": "deleting a checkpoint", "save_checkpoint": "writing a checkpoint",
     "create_run_folder": "making the run folder", "reopen_run_folder": "reopening the run folder", "read_state": "reading a checkpoint",
     "encode_prompts": "encode", "sample_share": "sample", "decode": "decode", "score_share": "reward", "optimizer_step": "update",
-    "report_epoch": "report", "prepare": "loading",
+    "report_epoch": "report", "prepare": "loading", "sample_for_people": "votes",
 }  # fmt: skip
 AIMS = [*dict.fromkeys(STAGES.values())]
 AIMS.remove("reopening the run folder")  # happens in a run that was killed before alone
 AIMS.remove("reading a checkpoint")
+AIMS.remove("votes")  # kill_votes.py
 
 
 def names(frame: FrameType | None) -> set[str]:
@@ -58,6 +59,8 @@ def names(frame: FrameType | None) -> set[str]:
 class TinyRun:
     """A forked process that trains, and tells in shared memory what it is doing."""
 
+    flags = FLAGS
+
     def __init__(self, runs_dir: Path):
         self.place = mmap.mmap(-1, 64)
         self.pid = os.fork()
@@ -70,7 +73,7 @@ class TinyRun:
         os.dup2(output, 1)
         os.dup2(output, 2)
         threading.Thread(target=self.tell, args=(threading.get_ident(),), daemon=True).start()
-        sys.argv = ["train.py", *FLAGS, str(runs_dir)]
+        sys.argv = ["train.py", *self.flags, str(runs_dir)]
         code = 1
         try:
             run_command_line(train.main)

@@ -21,7 +21,7 @@ from rewards.scorer import check_prompts
 
 METHOD, REWARDS = ((ROOT / "docs" / name).read_text() for name in ("method.md", "rewards.md"))
 NAMED = sorted(set(re.findall(r"`([\w/]+)\.py: ([\w.]+)`", METHOD)))
-MODULES = ("compressibility", "classifier", "colour")  # as the page names its three code blocks
+MODULES = ("compressibility", "classifier", "colour", "contrast")  # as the page names its code blocks
 SPECS = {"compressibility": "Compressibility", "classifier": "Classifier", "colour": "NamedColour"}
 
 
@@ -71,6 +71,12 @@ def test_the_rewards_of_the_page_train(page: Path, job: Job, tmp_path: Path, mod
     run = train(job, small(tmp_path / "runs", reward_specs=(f"{module}:{SPECS[module]}=1.0",)))
     (epoch,) = log_of(run.folder, "epoch")
     assert epoch["differing_pairs"] > 0.5 and epoch["warnings"] == []
+
+
+def test_the_judge_of_the_page_trains(page: Path, job: Job, tmp_path: Path):
+    run = train(job, small(tmp_path / "runs", reward_specs=("contrast:MoreContrast=1.0",)))
+    (epoch,) = log_of(run.folder, "epoch")
+    assert epoch["differing_pairs"] > 0.1 and epoch["warnings"] == []
 
 
 def test_the_pages_name_flags_that_exist():

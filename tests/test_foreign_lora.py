@@ -20,7 +20,7 @@ from test_training import log_of, small
 
 from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
-from fdfo.method.draw import draw_held_out, image_noise
+from fdfo.method.evaluate import draw_held_out, image_noise
 from fdfo.method.prepare import prepare
 from fdfo.model.images import quantised
 from fdfo.model.lora import LORA_TARGETS, lora_targets

@@ -28,7 +28,7 @@ from fdfo.model.flow_model import FlowModel
 from fdfo.model.memory import expected_memory, fits, fitting_plan
 from fdfo.run_folder.start import FRESH
 from rewards.clip import ClipScorer
-from rewards.vlm import QUESTIONS, Vlm, VlmScorer
+from rewards.vlm.judge import QUESTIONS, Vlm, VlmScorer
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)

@@ -20,7 +20,7 @@ from fdfo.distributed.shutdown import Stopped
 from fdfo.evaluation.best_checkpoint import best_epoch, change, diversity_warnings, hacking_warnings
 from fdfo.evaluation.heldout import prepare_held_out, split_prompts
 from fdfo.evaluation.statistics import Evaluation
-from fdfo.method.draw import EVALUATION_SEED, draw_held_out
+from fdfo.method.evaluate import EVALUATION_SEED, draw_held_out
 from fdfo.method.trainer import train
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.images import draw_images, encode_for_images

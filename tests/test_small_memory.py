@@ -27,7 +27,7 @@ from fdfo.run_folder.find_checkpoint import find_checkpoint
 from fdfo.run_folder.start import find_auto_start
 from rewards.registry import build_scorer
 from rewards.scorer import Offload
-from rewards.vlm import Vlm, VlmScorer
+from rewards.vlm.judge import Vlm, VlmScorer
 
 FLAGS = dict(gradient_checkpointing=True, offload_scorers=True, offload_trajectories=True)
 

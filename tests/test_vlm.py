@@ -13,7 +13,8 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
 from rewards.registry import VlmSettings, build_scorers
-from rewards.vlm import QUESTIONS, Vlm, VlmScorer
+from rewards.vlm.judge import QUESTIONS, Vlm, VlmScorer
+from rewards.vlm.pair import MAX_PAIRS, QUESTION, VlmPairJudge
 
 CAPTIONS = [
     "a red circle",
@@ -132,11 +133,42 @@ def test_training_with_the_judge(folder: Path, job: Job, tmp_path: Path):
     assert set(lines[-1]["scores"]) == {"scene_clip", "vlm_alignment_train"}
 
 
+def test_a_pair_is_compared_in_both_orders(folder: Path, vlm: Vlm):
+    """By hand, one question at a time; the other order has the other sign; a pair of one image twice is a tie."""
+    first, second = torch.rand(2, len(CAPTIONS), 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    judge = VlmPairJudge(vlm)
+    values = judge.compare(CAPTIONS, first, second)
+    assert len(CAPTIONS) > MAX_PAIRS and values.shape == (5,) and values.std() > 0 and values.abs().max() <= 1
+
+    def p_first(caption: str, images: list[torch.Tensor]) -> float:
+        user = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": QUESTION.replace("{prompt}", caption)}]
+        turns = [{"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant."}]}]
+        text = vlm.processor.apply_chat_template(
+            [*turns, {"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+        )
+        resized = [F.interpolate(image[None], (504, 504), mode="bilinear")[0] for image in images]
+        inputs = vlm.processor(text=[text], images=resized, return_tensors="pt", do_rescale=False, do_resize=False)
+        with torch.no_grad():
+            logits = vlm.model(**inputs).logits[0, -1]
+        a, b = (vlm.processor.tokenizer.convert_tokens_to_ids(letter) for letter in "AB")
+        return float(torch.sigmoid(logits[a] - logits[b]))
+
+    for i in (0, 4):
+        expected = p_first(CAPTIONS[i], [first[i], second[i]]) - p_first(CAPTIONS[i], [second[i], first[i]])
+        assert float(values[i]) == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(judge.compare(CAPTIONS, second, first), -values, rtol=0, atol=1e-5)
+    assert judge.compare(CAPTIONS[:1], first[:1], first[:1]).abs().item() < 1e-6
+    quantised = (255 * first).round().to(torch.uint8), (255 * second).round().to(torch.uint8)
+    as_floats = [images.float() / 255 for images in quantised]
+    torch.testing.assert_close(judge.compare(CAPTIONS, *quantised), judge.compare(CAPTIONS, *as_floats), rtol=0, atol=1e-5)
+
+
 def test_a_sharded_judge_scores_unequal_numbers_of_pictures(folder: Path, tmp_path: Path):
     out = tmp_path / "scores.pt"
     done = torchrun(2, ROOT / "tests" / "fsdp_probe.py", folder, out)
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(out, weights_only=True)
-    assert [len(plain) for plain, _ in results] == [2, 20]
-    for plain, sharded in results:
+    assert [len(plain) for plain, *_ in results] == [2, 20]
+    for plain, sharded, pairs, sharded_pairs in results:
         torch.testing.assert_close(torch.tensor(sharded), torch.tensor(plain), rtol=0, atol=1e-3)
+        torch.testing.assert_close(torch.tensor(sharded_pairs), torch.tensor(pairs), rtol=0, atol=1e-5)

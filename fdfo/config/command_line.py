@@ -9,8 +9,8 @@ import tyro
 from fdfo.config.errors import UserError
 from fdfo.config.options import Options, check_options, flag_of
 from fdfo.config.plan import plan_churn, plan_subset
-from fdfo.config.presets import PRESETS
-from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig, ReportConfig
+from fdfo.config.presets import PRESETS, for_people, judged_by_people
+from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig, ReportConfig, VotesConfig
 from fdfo.config.train_options import TrainConfig
 
 T = TypeVar("T", bound=Options)
@@ -37,7 +37,10 @@ def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, qu
     """Parse the command line of train.py over the defaults of --preset, or over the settings of the run to resume."""
     default = saved or PRESETS.get(flag_value(argv, "--preset"), PRESETS["sd35-medium"])
     config = parse(TrainConfig, argv, quiet, default=default)
+    if saved is None and judged_by_people(config):
+        config = parse(TrainConfig, argv, quiet, default=for_people(default))
     check_train_config(config)
+    check_human_flags(argv, config)
     if config.reward_specs and flag_value(argv, "--reward-preset"):
         raise UserError("--reward-preset has no effect beside --reward-specs: leave one of them out.")
     if config.eval_prompts == 0:
@@ -45,6 +48,16 @@ def parse_train_config(argv: Sequence[str], saved: TrainConfig | None = None, qu
             if flag_value(argv, flag):
                 raise UserError(f"{flag} has no effect with --eval-prompts 0, which means no evaluation: leave one of them out.")
     return config
+
+
+def check_human_flags(argv: Sequence[str], config: TrainConfig) -> None:
+    """Raise UserError for flags of people who judge where nobody does."""
+    names = [name for name in TrainConfig.__dataclass_fields__ if name.startswith("human_")]
+    given = [flag_of(name) for name in [*names, "votes"] if flag_value(argv, flag_of(name))]
+    if given and not judged_by_people(config):
+        raise UserError(f"{given[0]} has no effect without people who judge: add --reward-preset human, or leave it out.")
+    if config.votes is not None and given and given[0] != "--votes":
+        raise UserError(f"{given[0]} has no effect with --votes, which takes recorded votes: leave one of them out.")
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str:
@@ -156,4 +169,12 @@ def parse_report_config(argv: Sequence[str]) -> ReportConfig:
         raise UserError(f"--out {config.out} is no HTML file: end it with .html.")
     if config.watch and len(config.runs) > 1:
         raise UserError("--watch is for one run: name one run folder, or leave --watch out.")
+    return config
+
+
+def parse_votes_config(argv: Sequence[str]) -> VotesConfig:
+    """Parse the command line of fdfo.votes. Raises UserError."""
+    config = parse(VotesConfig, argv, prog="python -m fdfo.votes", config=(tyro.conf.PositionalRequiredArgs,))
+    if config.export is not None and os.path.lexists(config.export):
+        raise UserError(f"{config.export} exists already: give --export the name of a new folder.")
     return config

@@ -1,4 +1,6 @@
-"""The presets of train.py: sets of defaults."""
+"""The presets of train.py: sets of defaults, and what changes in them where people judge."""
+
+import dataclasses
 
 from fdfo.config.train_options import ChurnConfig, OptimConfig, SampleConfig, TrainConfig
 
@@ -36,3 +38,20 @@ PRESETS = {
         eval_metrics=("scene_clip", "pixel_diversity"),
     ),
 }
+HUMAN = "human"  # the reward
+
+
+def judged_by_people(config: TrainConfig) -> bool:
+    """Return whether people are part of the reward."""
+    names = [spec.rpartition("=")[0] for spec in config.reward_specs] or [config.reward_preset]
+    return HUMAN in names
+
+
+def for_people(preset: TrainConfig) -> TrainConfig:
+    """Return a preset with the defaults for people: epochs that they can judge, and after each a checkpoint and an evaluation."""
+    tiny = preset.preset == "tiny"
+    return dataclasses.replace(
+        preset, total_pairs_per_epoch=64, num_epochs=10 if tiny else 50, save_freq=1, eval_every=1 if tiny else 5,
+        train=dataclasses.replace(preset.train, learning_rate=5e-4) if tiny else preset.train,
+        eval_metrics=("scene", *preset.eval_metrics) if tiny else preset.eval_metrics,
+    )  # fmt: skip

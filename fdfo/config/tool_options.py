@@ -1,4 +1,4 @@
-"""The options of generate.py, metrics.py, fdfo.export and fdfo.report."""
+"""The options of generate.py, metrics.py, fdfo.export, fdfo.report and fdfo.votes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,3 +130,15 @@ class ReportConfig(Options):
     """HTML file to write (RUN/report.html for one run, RUN/watch.html with --watch, report.html for several)"""
     watch: bool = False
     """write the page again whenever the run's log grows, until Ctrl-C; the page reloads itself"""
+
+
+@dataclass(frozen=True)
+class VotesConfig(Options):
+    """Say how people voted in a run, how steadily, and how often a scorer agrees; or write their votes as a preference data set."""
+
+    run: Path
+    """run folder with votes.jsonl"""
+    scorer: Name | None = None
+    """scorer to compare with: pickscore, hpsv2, clip_h14, scene, vlm_alignment, ...; MODULE:CLASS is one of your own"""
+    export: Path | None = None
+    """new folder for the votes and their images, which datasets.load_dataset reads"""

@@ -126,9 +126,23 @@ class TrainConfig(Options):
     max_batch_size: Annotated[Count | None, FREE] = None
     """largest micro-batch: pairs in sampling, samples in training (6, or 13 with 8 or more processes)"""
     reward_preset: str = "combined"
-    """weighted set of scorers: pickscore, vlm_alignment, combined, or scene (for the tiny preset)"""
+    """weighted set of scorers: pickscore, vlm_alignment, combined, or scene (for the tiny preset); vlm_pair; or human, where people
+    choose on a page in the browser, with defaults of its own for the size of an epoch and the like (docs/human.md)"""
     reward_specs: tuple[Name, ...] = ()
     """scorers and weights of your own instead of a preset: NAME=WEIGHT or MODULE:CLASS=WEIGHT"""
+    human_port: Annotated[int, Field(ge=0, le=65535), FREE] = 8321
+    """port of the page on which people judge; 0: any free one"""
+    human_host: Annotated[Text, FREE] = "127.0.0.1"
+    """address that the page is served on. For another one than this machine's own, its URL has a token: whoever has it steers the
+    training"""
+    human_timeout: Annotated[Positive, FREE] = 60.0
+    """minutes without a vote after which an epoch goes on with the pairs that have one, or the run stops with a checkpoint"""
+    human_enough: Annotated[float, Field(gt=0, le=1), FREE] = 0.5
+    """least share of an epoch's pairs with a vote for it to go on after --human-timeout"""
+    human_shown_twice: Annotated[float, Field(ge=0, le=1), FREE] = 0.0
+    """share of the pairs that are shown a second time, to see how steady the choices are; the mean counts"""
+    votes: Annotated[Path | None, FREE] = None
+    """train from recorded votes, such as RUN/votes.jsonl, with nobody there and no page"""
     log_wandb: Annotated[bool, FREE] = False
     """also log to Weights & Biases"""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"

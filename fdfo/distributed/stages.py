@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -17,9 +17,9 @@ PLAIN_SECONDS = 60  # between two lines about a stage where the output is no ter
 class StageLine:
     """Shows rank 0's progress in its share of a stage: a progress bar on a terminal, a plain line per minute elsewhere."""
 
-    def __init__(self, job: Job, place: str, total: int, unit: str):
+    def __init__(self, job: Job, name: str, place: str, total: int, unit: str):
         """total is 0 for a stage that does not report its progress."""
-        self.job, self.place, self.total, self.unit = job, place, total, unit
+        self.job, self.name, self.place, self.total, self.unit = job, name, place, total, unit
         self.bar = progress_bar(job, total, place, f" {unit}", leave=False)
         self.start = self.told = time.monotonic()
 
@@ -34,8 +34,8 @@ class StageLine:
 
 
 @contextlib.contextmanager
-def stage_line(job: Job, place: str, total: int, unit: str) -> Iterator[StageLine]:
-    line = StageLine(job, place, total, unit)
+def stage_line(job: Job, name: str, place: str, total: int, unit: str) -> Iterator[StageLine]:
+    line = StageLine(job, name, place, total, unit)
     try:
         yield line
     finally:
@@ -49,6 +49,7 @@ class Stages:
     job: Job
     clock: StageClock
     guard: Guard
+    tell: Callable[[str, int, int, str], None] = lambda stage, done, total, unit: None  # what else shows progress
     line: StageLine | None = None
 
     @contextlib.contextmanager
@@ -57,15 +58,21 @@ class Stages:
         continues after it. total, unit: what progress() and asked() count."""
         place = f"{name} of epoch {epoch}" if step is None else f"step {step + 1} of the {name} of epoch {epoch}"
         self.guard.enter(place)
-        with self.clock.stage(name), contextlib.suppress(LeaveStage), stage_line(self.job, place, total, unit) as self.line:
+        self.tell(name, 0, total, unit)
+        with self.clock.stage(name), contextlib.suppress(LeaveStage), stage_line(self.job, name, place, total, unit) as self.line:
             yield  # if a rank leaves, the next agreement stops all ranks
 
     def progress(self, done: int) -> None:
         """Show that `done` units are done. Raises LeaveStage if this rank was asked to stop."""
-        self.line.show(done)
+        self.show(done)
         self.guard.progress()
 
     def asked(self, done: int) -> bool:
         """Show that `done` units are done; return whether this rank was asked to stop."""
-        self.line.show(done)
+        self.show(done)
         return self.guard.asked()
+
+    def show(self, done: int) -> None:
+        """Show that `done` units are done, wherever progress is shown."""
+        self.line.show(done)
+        self.tell(self.line.name, done, self.line.total, self.line.unit)

@@ -17,11 +17,13 @@ def change(name: str, first: Evaluation, second: Evaluation) -> Change:
 def hacking_warnings(evaluations: Sequence[Evaluation], held_out: Collection[str]) -> list[str]:
     """Warn of every held-out score that falls while the reward rises, at the newest evaluations; diversities left out.
 
-    held_out: names not trained on. Evaluations are in the order of epochs.
+    held_out: names not trained on. Evaluations are in the order of epochs. Those of a run with judges of pairs alone have no reward.
     """
     recent = evaluations[-FALLS_IN_A_ROW - 1 :]
     steps = list(zip(recent[:-1], recent[1:], strict=True))
-    if len(steps) < FALLS_IN_A_ROW or not all(change(REWARD, *step).difference > 0 for step in steps):
+    if len(steps) < FALLS_IN_A_ROW or REWARD not in recent[-1].scores:
+        return []
+    if not all(change(REWARD, *step).difference > 0 for step in steps):
         return []
     found = []
     for name in held_out:

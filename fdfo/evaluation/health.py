@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
 from fdfo.evaluation.statistics import mean
+from rewards.presets import HUMAN
 
 RATIO_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-2}
 MOST_DROPPED = 0.05  # share of images or pairs without a finite score or latent, above which a run cannot be trained
@@ -44,20 +45,35 @@ class EpochScores:
     reward: list[float]  # [2P]
     dropped: list[bool]  # [2P]
     one_colour: list[float]  # [2P], 1 for an image of one colour
+    judges: Collection[str] = ()  # those of the scores that compare pairs: v / 2 and -v / 2 for a pair's value v
+
+    @property
+    def unjudged(self) -> list[bool]:
+        """For each image, whether a judge left its pair out: [2P]."""
+        return [any(math.isnan(self.scores[name][i]) for name in self.judges) for i in range(len(self.dropped))]
+
+    @property
+    def broken(self) -> float:
+        """Share of pairs that were dropped though every judge has judged them."""
+        return mean([dropped and not unjudged for dropped, unjudged in zip(self.dropped, self.unjudged, strict=True)])
 
 
 def epoch_numbers(epoch: EpochScores, steps: Sequence[StepStats], adapter_change: float) -> dict[str, object]:
-    """Return the numbers of an epoch's log line. adapter_change: norm of the adapter's change, relative to the adapter."""
+    """Return the numbers of an epoch's log line. adapter_change: norm of the adapter's change, relative to the adapter.
+
+    The mean of a judge's values is 0 by construction, so there is none; the reward has one if it has a scorer of images.
+    """
     dropped = torch.tensor(epoch.dropped)
     reward = torch.tensor(epoch.reward, dtype=torch.float64)
     pairs = reward.view(-1, 2)[~dropped[::2]]  # [P, 2]
-    return {
-        "reward_mean": float(pairs.mean()),
-        "reward_std": float(pairs.std()),
-        "scores": {name: mean([value for value in values if math.isfinite(value)]) for name, values in epoch.scores.items()},
+    of_images = {name: values for name, values in epoch.scores.items() if name not in epoch.judges}
+    level = {"reward_mean": float(pairs.mean()), "reward_std": float(pairs.std())} if of_images else {}
+    return level | {
+        "scores": {name: mean([value for value in values if math.isfinite(value)]) for name, values in of_images.items()},
         "differing_pairs": float((pairs[:, 0] != pairs[:, 1]).double().mean()),
         "reward_difference": float((pairs[:, 0] - pairs[:, 1]).abs().mean()),
         "dropped_pairs": int(dropped.sum()) // 2,
+        **({"unjudged_pairs": sum(epoch.unjudged) // 2} if epoch.judges else {}),
         "skipped_steps": sum(not step.applied for step in steps),
         "clipfrac": mean([step.clipfrac for step in steps]),
         "loss": mean([step.loss for step in steps]),
@@ -78,7 +94,7 @@ class Health:
     def check(self, numbers: Mapping[str, float], dropped: float, plain: float, steps: Sequence[StepStats]) -> list[str]:
         """Return one sentence for every sign that something is wrong, with what to look at.
 
-        numbers: of epoch_numbers; dropped: share of pairs; plain: share of images of one colour.
+        numbers: of epoch_numbers; dropped: share of pairs, without those that a judge left out; plain: share of images of one colour.
         """
         found, differing = [], numbers["differing_pairs"]
         if not differing > LEAST_DIFFERING:
@@ -121,10 +137,17 @@ class Health:
         return found
 
 
-def check_first_scores(scores: Mapping[str, Sequence[float]]) -> None:
-    """Stop a run whose scorers do not work, before its first update: scores of all images of the job, by scorer."""
+def check_first_scores(scores: Mapping[str, Sequence[float]], judges: Collection[str] = ()) -> None:
+    """Stop a run whose scorers do not work, before its first update: scores of all images of the job, by scorer.
+
+    Of those that are judges of pairs, only one that finds no pair to differ does not work. People may call every pair a tie.
+    """
     for name, values in scores.items():
         finite = np.isfinite(values)
+        if name in judges:
+            if name != HUMAN and finite.any() and not np.asarray(values)[finite].any():
+                raise UserError(f"The judge {name} called all {finite.sum() // 2} pairs a tie: fix the judge.")
+            continue
         if not finite.mean() >= 1 - MOST_DROPPED:
             count = int((~finite).sum())
             raise UserError(f"The scorer {name} gave {count} of {len(values)} images a score that is not finite: fix the scorer.")

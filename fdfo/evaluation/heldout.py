@@ -70,8 +70,8 @@ class HeldOut:
 
     @property
     def scorers(self) -> dict[str, Scorer | SetScorer]:
-        """The scorers of the reward, then the metrics."""
-        return self.judges.reward.scorers | self.judges.metrics
+        """The reward's scorers of single images, then the metrics."""
+        return self.judges.reward.of_images | self.judges.metrics
 
 
 def prepare_held_out(job: Job, config: TrainConfig, model: FlowModel, prompts: list[str], judges: Judges) -> HeldOut | None:
@@ -90,7 +90,8 @@ def prepare_held_out(job: Job, config: TrainConfig, model: FlowModel, prompts: l
 def score_held_out(job: Job, epoch: int, held_out: HeldOut, images: torch.Tensor, finite: torch.Tensor) -> Evaluation:
     """Score the images of all ranks; each passes its own [N, 3, H, W] uint8, and which of them are finite [N]. Raises UserError.
 
-    A prompt with an image that is not finite has the score NaN.
+    A prompt with an image that is not finite has the score NaN. The reward is that of the scorers of single images; with judges of
+    pairs alone there is none.
     """
     counts = [held_out.repeats] * len(held_out.own)
     own_images = ImageSet([held_out.prompts[i] for i in held_out.own], counts, images)
@@ -101,7 +102,7 @@ def score_held_out(job: Job, epoch: int, held_out: HeldOut, images: torch.Tensor
     for name, scorer in held_out.scorers.items():
         means = prompt_means(score_images(job, name, scorer, own_images))
         scores[name] = [mean if whole else math.nan for mean, (counted, whole) in zip(means, states, strict=True) if counted]
-    weights = held_out.judges.reward.weights
+    weights = {name: held_out.judges.reward.weights[name] for name in held_out.judges.reward.of_images}
     rows = zip(*(scores[name] for name in weights), strict=True)
     reward = [sum(w * value for w, value in zip(weights.values(), row, strict=True)) for row in rows]
-    return Evaluation(epoch, {REWARD: reward} | scores)
+    return Evaluation(epoch, ({REWARD: reward} if weights else {}) | scores)

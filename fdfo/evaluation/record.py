@@ -58,7 +58,7 @@ def warnings(held_out: HeldOut, evaluations: list[Evaluation]) -> list[str]:
     found = hacking_warnings(evaluations, [name for name in held_out.metrics if name not in SET_SCORERS])
     found += diversity_warnings(evaluations, diversities, held_out.least_diversity)
     found += filter(None, (score_warning(name, values) for name, values in evaluations[-1].scores.items()))
-    if broken := sum(not math.isfinite(value) for value in evaluations[-1].scores[REWARD]):
+    if broken := sum(not math.isfinite(value) for value in evaluations[-1].scores.get(REWARD, ())):
         found.append(f"{broken} of {len(held_out.prompts)} held-out prompts have no reward: an image or a score is not finite")
     return found
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from fdfo.config.errors import UserError
-from fdfo.config.options import flag_of
 from fdfo.config.plan import BatchPlan, plan_batches
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
@@ -19,19 +18,14 @@ from fdfo.method.learner import Learner, Progress
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.memory import expected_memory
 from fdfo.run_folder.find_checkpoint import Checkpoint, guidance_warning
-from fdfo.run_folder.folder import (
-    check_log,
-    check_writable,
-    claim,
-    create_run_folder,
-    reopen_run_folder,
-)
+from fdfo.run_folder.folder import check_log, check_writable, open_folder
 from fdfo.run_folder.log import RunLog
 from fdfo.run_folder.save_checkpoint import TrainingState, changed_settings, damaged, load_checkpoint
 from fdfo.run_folder.start import AUTO, Start
 from fdfo.storage.atomic_files import json_hash
-from rewards.presets import VLM_SCORERS, VLM_TRAINING_SCORERS
-from rewards.registry import VlmSettings, build_scorers, check_scorer_name, reward_weights
+from rewards.human import HumanJudge, read_recorded, set_aside_votes
+from rewards.presets import HUMAN, VLM_SCORERS, VLM_TRAINING_SCORERS
+from rewards.registry import VlmSettings, build_scorers, check_metric_name, is_pair_judge, reward_weights
 from rewards.scorer import Judges, WeightedReward, check_prompts
 
 
@@ -61,6 +55,12 @@ class Run:
     def progress(self) -> Progress:
         return self.learner.progress
 
+    @property
+    def people(self) -> HumanJudge | None:
+        """The people who judge the pairs, if any do."""
+        scorer = self.judges.reward.scorers.get(HUMAN)
+        return None if scorer is None else scorer.judge
+
 
 def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     """Prepare a run. Raises UserError."""
@@ -69,17 +69,19 @@ def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     weights = reward_weights(config.reward_preset, config.reward_specs)
     split = job.on_main(lambda: split_prompts(config))
     for metric in config.eval_metrics if split.held_out else ():
-        check_scorer_name(metric)
+        check_metric_name(metric)
     check_writable(start.run or config.runs_dir)
-    state, changed, evaluated = None, {}, set()
+    state, changed, evaluated, recorded = None, {}, set(), None
     if start.resumed:
         state = load_checkpoint(start.checkpoint)
         changed = changed_settings(config, start.run, state)
     if start.run is not None:
-        names = {REWARD, *weights, *config.eval_metrics}
+        names = evaluated_names(weights, config)
         evaluated = job.on_main(lambda: check_log(start.run, config, state, split.held_out, names))
     if state is not None:
         check_remaining(config, start, state, split, evaluated)
+    if config.votes is not None:
+        recorded = job.on_main(lambda: read_recorded(config.votes, config, split.training, state.epochs if state else 0))
     model = load_model(job, config, start.checkpoint)
     compile_seconds = accelerate(job, config, plan, model)
     learner = Learner.start(model, config)
@@ -93,9 +95,20 @@ def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     log = RunLog(folder, config, reached, job.is_main)
     health = Health(config.precision, log.gradient_norms)
     first_epoch = progress.epochs + (1 if progress.steps else 0)
-    return Run(
+    run = Run(
         job, config, folder, log, plan, split.training, learner, judges, held_out, health, changed, first_epoch, compile_seconds,
     )  # fmt: skip
+    if run.people is not None:
+        if changed:
+            job.on_main(lambda: set_aside_votes(folder, progress.epochs))
+        run.people.start(config, folder, recorded)
+    return run
+
+
+def evaluated_names(weights: dict[str, float], config: TrainConfig) -> set[str]:
+    """Return the names of an evaluation's scores. Judges of pairs score no single image, so they are not among them."""
+    of_images = {name for name in weights if not is_pair_judge(name)}
+    return {*config.eval_metrics, *of_images} | ({REWARD} if of_images else set())
 
 
 def check_remaining(config: TrainConfig, start: Start, state: TrainingState, split: PromptSplit, evaluated: set[int]) -> None:
@@ -128,33 +141,11 @@ def build_judges(job: Job, config: TrainConfig, weights: dict[str, float], split
     offloaded = {*weights, *metrics} if config.offload_scorers else {*alone} - {*VLM_SCORERS, *VLM_TRAINING_SCORERS}
     vlm = VlmSettings(config.vlm_model_name, config.vlm_use_fsdp)
     scorers = build_scorers(dict.fromkeys((*weights, *metrics)), job, vlm, offloaded)
-    judges = Judges(WeightedReward(weights, {name: scorers[name] for name in weights}), {name: scorers[name] for name in alone})
-    check_prompts(judges.reward.scorers, split.training)
-    check_prompts(scorers, split.held_out)
+    reward = WeightedReward(weights, {name: scorers[name] for name in weights}, filter(is_pair_judge, weights))
+    judges = Judges(reward, {name: scorers[name] for name in alone})
+    check_prompts(reward.scorers, split.training)
+    check_prompts(reward.of_images | judges.metrics, split.held_out)
     return judges
-
-
-def open_folder(job: Job, config: TrainConfig, start: Start, reached: tuple[int, int], changed: dict) -> Path:
-    """Create the run folder, or open the one to continue in; print which, and what has changed.
-
-    reached: whole epochs and further optimizer steps.
-    """
-    if start.run is None:
-        if start.checkpoint is not None:
-            job.print(f"{start.checkpoint.adapter} has an adapter but no training state: a new run starts from it at epoch 0")
-        folder = job.on_main(lambda: create_run_folder(config))
-        job.on_main(lambda: claim(folder))
-        return folder
-    job.on_main(lambda: claim(start.run))
-    job.on_main(lambda: reopen_run_folder(start.run, config, (-1, 0) if start.again else reached, bool(changed)))
-    if start.again:
-        job.print(f"{start.run} has no intact checkpoint: beginning again in it")
-    else:
-        steps = f" and {reached[1]} optimizer steps of the next" if reached[1] else ""
-        job.print(f"resuming {start.run} after epoch {reached[0]}{steps}")
-    for name, (before, now) in changed.items():
-        job.print(f"changed from here on: {flag_of(name)} is {now}, it was {before}")
-    return start.run
 
 
 def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> FlowModel:
@@ -212,8 +203,10 @@ def announce(run: Run) -> None:
     else:
         job.print(
             f"evaluation: {len(held_out.prompts)} held-out prompts, {held_out.repeats} image(s) each, every {config.eval_every} epochs: "
-            f"{', '.join(('the reward', *held_out.metrics))}"
+            f"{', '.join((*(['the reward'] if run.judges.reward.of_images else []), *held_out.metrics)) or 'images alone'}"
         )
     job.print(run.plan.describe())
     job.print(expected_memory(job, config, run.model, run.plan))
     job.print(f"run folder: {run.folder}")
+    if run.people is not None:
+        job.print(run.people.invitation)

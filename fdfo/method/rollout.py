@@ -108,10 +108,11 @@ def sample_share(
     plan: BatchPlan,
     share: PairShare,
     before_batch: Callable[[int], None] = lambda done: None,
+    after_batch: Callable[[Rollout, range], None] = lambda rollout, batch: None,
 ) -> Rollout:
     """Sample the rank's pairs, plan.sample_batch at a time (docs/method.md 2), and keep the samples to train on.
 
-    before_batch gets the number of pairs done.
+    before_batch gets the number of pairs done, after_batch the rollout so far and the batch's pairs by their numbers on this rank.
     """
     shape, pairs = model.latent_shape(config.sample.resolution), share.pairs
     samples = pair_samples(config, share.epoch, pairs)
@@ -121,7 +122,9 @@ def sample_share(
     rollout = Rollout(share, samples, xs, torch.empty_like(xs), torch.empty(2 * len(pairs), *shape, device=model.device))
     for start in range(0, len(pairs), plan.sample_batch):
         before_batch(start)
-        sample_batch(model, config, rollout, range(start, min(start + plan.sample_batch, len(pairs))))
+        batch = range(start, min(start + plan.sample_batch, len(pairs)))
+        sample_batch(model, config, rollout, batch)
+        after_batch(rollout, batch)
     return rollout
 
 

@@ -17,26 +17,23 @@ from fdfo.evaluation.health import (
     EpochScores,
     check_adapter_moved,
     check_first_scores,
-    check_images_left,
     check_pairs_left,
     check_ratio,
     epoch_numbers,
     gather_scores,
     relative_change,
 )
-from fdfo.evaluation.heldout import score_held_out
-from fdfo.evaluation.record import best_of, newest_evaluation, record
+from fdfo.evaluation.record import best_of
 from fdfo.evaluation.statistics import mean
-from fdfo.method.draw import draw_held_out
+from fdfo.method.evaluate import evaluate, evaluated_after, prune, strict_stop
 from fdfo.method.prepare import Run, announce, prepare
 from fdfo.method.rollout import Differences, PairShare, Rollout, sample_share, score_share
 from fdfo.method.update import EpochData, optimizer_step, step_samples
 from fdfo.model.images import finite_rows, one_colour, quantised
 from fdfo.model.memory import fitting_plan
-from fdfo.report.console import launcher, print_epoch, print_evaluation, resume_command
+from fdfo.report.console import launcher, print_epoch, resume_command
 from fdfo.report.sheets import ShownPair, pair_sheet, save_sheet
-from fdfo.run_folder.log import evaluation_due
-from fdfo.run_folder.save_checkpoint import point_to_best, prune_checkpoints, save_checkpoint
+from fdfo.run_folder.save_checkpoint import point_to_best, save_checkpoint
 from fdfo.run_folder.start import FRESH, Start
 from fdfo.storage.atomic_files import json_hash
 from fdfo.storage.prompts import epoch_prompts
@@ -52,7 +49,7 @@ def train(job: Job, config: TrainConfig, start: Start = FRESH) -> Run:
     """
     run = prepare(job, config, start)
     job.on_main(lambda: point_to_best(run.folder, best_of(run.log, run.held_out)))
-    scorers = run.judges.reward.scorers if run.held_out is None else run.held_out.scorers
+    scorers = run.judges.reward.scorers | ({} if run.held_out is None else run.judges.metrics)
     run.log.write(
         "start", run.progress.epochs, processes=job.world_size, device=str(job.device), compile_seconds=run.compile_seconds,
         command=[*launcher(job), *sys.argv], versions=versions(), scorers=describe(scorers), changed=run.changed,
@@ -61,6 +58,8 @@ def train(job: Job, config: TrainConfig, start: Start = FRESH) -> Run:
     announce(run)
     with guarded(job, config.timeout_minutes) as guard:
         stages = Stages(job, StageClock(job.device), guard)
+        if run.people is not None:
+            stages.tell = run.people.tell
         try:
             evaluate(run, stages)
             while run.progress.epochs < config.num_epochs:
@@ -71,6 +70,9 @@ def train(job: Job, config: TrainConfig, start: Start = FRESH) -> Run:
             job.print(f"{stopped}; resume with\n  {resume_command(job, config, run.folder)}")
             run.log.close()
             raise
+        finally:
+            if run.people is not None:
+                run.people.close()
     return run
 
 
@@ -112,17 +114,40 @@ def collect(run: Run, stages: Stages) -> Experience:
     with stages("encode", epoch + 1):
         prompts = epoch_prompts(run.prompts, epoch, config.total_pairs_per_epoch, config.seed)[pairs.start : pairs.stop]
         share = PairShare(epoch, pairs, prompts, *model.encode_prompts(prompts, config.sample.guidance_scale))
-    with stages("sample", epoch + 1, total=len(pairs), unit="pairs"):
-        rollout = sample_share(model, config, run.plan, share, stages.progress)
-    with stages("decode", epoch + 1):
-        images = model.decode(rollout.final)
+    if run.people is None:
+        with stages("sample", epoch + 1, total=len(pairs), unit="pairs"):
+            rollout = sample_share(model, config, run.plan, share, stages.progress)
+        with stages("decode", epoch + 1):
+            images = model.decode(rollout.final)
+    else:
+        rollout, images = sample_for_people(run, stages, share)
     with stages("reward", epoch + 1):
         differences = score_share(rollout, images, run.judges.reward)
     if run.progress.samples == 0:
-        check_first_scores(gather_scores(run.job, differences.scores))
+        check_first_scores(gather_scores(run.job, differences.scores), run.judges.reward.judges)
     check_pairs_left(run.job, epoch + 1, differences.dropped, finite_rows(images), differences.scores)
     shown = shown_pairs(rollout, differences, images) if evaluated_after(run, epoch + 1) else []
     return Experience(rollout, differences, one_colour(images), shown)
+
+
+def sample_for_people(run: Run, stages: Stages, share: PairShare) -> tuple[Rollout, torch.Tensor]:
+    """Sample this rank's pairs, show each batch to the people as soon as it is decoded, and wait until they have judged all."""
+    people, plan, images = run.people, run.plan, []
+    batches = -(-max(plan.pairs) // plan.sample_batch)  # of the rank that has most; every rank offers as often
+    people.open_epoch(share.epoch, share.pairs, under_way=bool(run.progress.steps))
+
+    def show(rollout: Rollout, batch: range) -> None:
+        rows, own = slice(2 * batch.start, 2 * batch.stop), slice(batch.start, batch.stop)
+        images.append(run.model.decode(rollout.final[rows]))
+        people.offer(share.pairs[own], share.prompts[own], quantised(images[-1]), stages)
+
+    with stages("sample", share.epoch + 1, total=len(share.pairs), unit="pairs"):
+        rollout = sample_share(run.model, run.config, plan, share, after_batch=show)
+        for _ in range(batches - len(images)):
+            people.offer(share.pairs[len(share.pairs) :], [], images[-1][:0], stages)
+    with stages("votes", share.epoch + 1, total=run.config.total_pairs_per_epoch, unit="pairs judged"):
+        people.wait(stages)
+    return rollout, torch.cat(images)
 
 
 def shown_pairs(rollout: Rollout, differences: Differences, images: torch.Tensor) -> list[ShownPair]:
@@ -149,7 +174,7 @@ def update(run: Run, stages: Stages, experience: Experience) -> None:
             stages.guard.enter(f"step {number + 1} of the update of epoch {epoch + 1}")
         if epoch == run.first_epoch and number == 0:
             check_ratio(stats.ratio_first, config.precision)
-        if untrained is not None and stats.applied:
+        if untrained is not None and stats.applied and (stats.grad_norm > 0 or not run.judges.reward.judges):  # ties pull nowhere
             check_adapter_moved(untrained, learner.model.lora_b())
             untrained = None
         progress.steps.append(stats)
@@ -168,54 +193,22 @@ def finish_epoch(run: Run, stages: Stages, experience: Experience) -> list[str]:
     extra = {"reward": found.reward, "dropped": found.dropped, "one colour": experience.one_colour}
     lists = gather_scores(job, found.scores | extra)
     epoch = EpochScores(
-        reward=lists.pop("reward"), dropped=lists.pop("dropped"), one_colour=lists.pop("one colour"), scores=lists
+        reward=lists.pop("reward"),
+        dropped=lists.pop("dropped"),
+        one_colour=lists.pop("one colour"),
+        scores=lists,
+        judges=run.judges.reward.judges,
     )
     steps, progress.steps, progress.epochs = progress.steps, [], progress.epochs + 1
     numbers = epoch_numbers(epoch, steps, relative_change(progress.epoch_start, run.model.adapter_copy()))
     warnings = job.on_main(
-        lambda: run.health.check(numbers, mean(epoch.dropped), mean(epoch.one_colour), steps)
+        lambda: run.health.check(numbers, epoch.broken, mean(epoch.one_colour), steps)
     )  # rank 0 alone has read the log of a resumed run
     seconds = stages.clock.read()
     memory = {"memory_gib": memory_gib(job.device), "peak_memory_gib": peak_memory_gib(job.device)}
     run.log.write("epoch", progress.epochs, **numbers, warnings=warnings, seconds=seconds, **memory)
     print_epoch(job, f"{progress.epochs}/{run.config.num_epochs}", numbers, sum(seconds.values()), warnings)
     return warnings
-
-
-def evaluated_after(run: Run, epochs: int) -> bool:
-    """Return whether the run evaluates after that many epochs."""
-    return run.held_out is not None and evaluation_due(run.config, epochs)
-
-
-def evaluate(run: Run, stages: Stages) -> None:
-    """Evaluate on the held-out prompts if it is due, unless the log has the evaluation already."""
-    progress, held_out, job = run.progress, run.held_out, run.job
-    epoch = progress.epochs
-    if progress.steps or not evaluated_after(run, epoch):
-        return
-    if job.on_main(lambda: any(line["epoch"] == epoch for line in run.log.evaluations)):
-        return
-    with stages("evaluate", epoch, total=len(held_out.own) * held_out.repeats, unit="images"):
-        images, finite = draw_held_out(run.model, run.config, run.plan, held_out, stages.progress)
-    with stages("evaluate", epoch):
-        evaluation = score_held_out(job, epoch, held_out, images, finite)
-    check_images_left(job, epoch, finite)
-    job.on_main(lambda: prune(run))
-    seconds = stages.clock.take("evaluate")
-    job.on_main(lambda: record(run.log, held_out, evaluation, images[:: held_out.repeats], seconds))
-    line = job.on_main(lambda: newest_evaluation(run.log))
-    if job.is_main:
-        print_evaluation(line)
-    if run.config.strict and line["warnings"]:
-        raise strict_stop(run, line["warnings"])
-
-
-def strict_stop(run: Run, warnings: list[str]) -> UserError:
-    """Return the error that --strict ends with."""
-    return UserError(
-        f"--strict stops after epoch {run.progress.epochs}, with a checkpoint: {'; '.join(warnings)}. Fix that, or resume "
-        f"{run.folder} with --no-strict."
-    )
 
 
 def save(run: Run) -> None:
@@ -230,8 +223,3 @@ def save(run: Run) -> None:
         evaluated=[line["epoch"] for line in run.log.evaluations],
     )  # fmt: skip
     save_checkpoint(run.folder, run.config, run.model, state)
-
-
-def prune(run: Run) -> None:
-    """Delete the checkpoints that are no longer wanted. Called once images were drawn with the newest one."""
-    prune_checkpoints(run.folder, run.config.keep_last, run.config.keep_every)

@@ -1,6 +1,6 @@
 """Draws images with the stock pipeline, without churn (docs/method.md 5), for generate.py and metrics.py.
 
-Evaluations during training draw with the training graph instead (fdfo/method/draw.py): the stock pipeline would need its own
+Evaluations during training draw with the training graph instead (fdfo/method/evaluate.py): the stock pipeline would need its own
 precision, memory and compiled blocks.
 """
 

@@ -11,10 +11,10 @@ from fdfo.distributed.job import Job
 
 def print_epoch(job: Job, epochs: str, numbers: Mapping[str, float], seconds: float, warnings: list[str]) -> None:
     """Print one line of an epoch, and its warnings. epochs: such as 3/20; numbers: of its log line."""
+    reward = f"reward {numbers['reward_mean']:.3f} +- {numbers['reward_std']:.3f}, " if "reward_mean" in numbers else ""
     job.print(
-        f"{time.strftime('%H:%M:%S')} epoch {epochs}: reward {numbers['reward_mean']:.3f} +- {numbers['reward_std']:.3f}, pairs that "
-        f"differ {numbers['differing_pairs']:.0%}, clipfrac {numbers['clipfrac']:.2f}, grad norm {numbers['grad_norm']:.3g}, "
-        f"{seconds:.1f} s"
+        f"{time.strftime('%H:%M:%S')} epoch {epochs}: {reward}pairs that differ {numbers['differing_pairs']:.0%}, clipfrac "
+        f"{numbers['clipfrac']:.2f}, grad norm {numbers['grad_norm']:.3g}, {seconds:.1f} s"
     )
     for warning in warnings:
         job.print(f"warning: epoch {epochs.partition('/')[0]}: {warning}")
@@ -23,14 +23,16 @@ def print_epoch(job: Job, epochs: str, numbers: Mapping[str, float], seconds: fl
 def print_evaluation(line: Mapping[str, object]) -> None:
     """Print one line of an evaluation, and its warnings, from its log line: reward and held-out metrics, and their change."""
     epoch, cells = line["epoch"], []
-    for name in ("reward", *line["held_out"]):
+    for name in (
+        name for name in ("reward", *line["held_out"]) if name in line["changes"]
+    ):  # no reward with judges of pairs alone
         change = line["changes"][name]
         moved = f" ({number(change['difference'], '+.3g')} +- {number(change['error'], '.2g')})" if epoch > 0 else ""
         cells.append(f"{name} {number(change['after'], '.4g')}{moved}")
     best = "none yet" if line["best"] is None else f"epoch {line['best']}"
     chosen = f"; best checkpoint: {best}" if epoch > 0 and line["held_out"] else ""  # without metrics none can be the best
     print(
-        f"{time.strftime('%H:%M:%S')} evaluation after epoch {epoch}: {', '.join(cells)}{chosen}, {line['seconds']:.1f} s",
+        f"{time.strftime('%H:%M:%S')} evaluation after epoch {epoch}: {', '.join(cells) or 'images alone'}{chosen}, {line['seconds']:.1f} s",
         flush=True,
     )
     for warning in line["warnings"]:

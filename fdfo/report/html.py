@@ -69,7 +69,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     """Return label, value and a remark of the numbers at the top of the page."""
     wanted, _ = run.settings.get("num_epochs", ("", None))
     found = [("Epochs done", str(run.epochs[-1]["epoch"] if run.epochs else 0), f"of {wanted}" if wanted else "")]
-    if run.epochs:
+    if run.epochs and "reward_mean" in run.epochs[-1]:  # judges of pairs alone give no level
         points = reward_points(run)
         first = f"epoch {points[0].epoch}: {points[0].text}" if len(points) > 1 else ""
         found.append(("Training reward", points[-1].text, first))

@@ -73,7 +73,10 @@ class Run:
         """The scorer that is the whole reward, where there is one."""
         means = [line.get("means", {}) for line in self.evals]
         names = (name for name in self.metrics if name != "reward")
-        return next((name for name in names if all(mean.get(name) == mean.get("reward") for mean in means)), None)
+        same = (
+            name for name in names if "reward" in self.metrics and all(mean.get(name) == mean.get("reward") for mean in means)
+        )
+        return next(same, None)
 
 
 def changes_of(line: dict) -> list[str]:

@@ -11,11 +11,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from fdfo.config.errors import UserError
-from fdfo.config.options import to_json
+from fdfo.config.options import flag_of, to_json
 from fdfo.config.train_options import TrainConfig
+from fdfo.distributed.job import Job
 from fdfo.run_folder.find_checkpoint import CONFIG, all_checkpoints, epochs_and_steps, read_config
 from fdfo.run_folder.log import LOG, damaged_line, evaluation_due, read_intact_log
 from fdfo.run_folder.save_checkpoint import TrainingState
+from fdfo.run_folder.start import Start
 from fdfo.storage.atomic_files import atomic_folder, json_hash, write_text
 
 SHEET_NAME = re.compile(r"(?:epoch|pairs)-(\d{7,})\.jpg")
@@ -30,6 +32,29 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"No run folder can be made in {folder}: {parent} is not a folder you can write to; give another --runs-dir."
         )
+
+
+def open_folder(job: Job, config: TrainConfig, start: Start, reached: tuple[int, int], changed: dict) -> Path:
+    """Create the run folder, or open the one to continue in; print which, and what has changed.
+
+    reached: whole epochs and further optimizer steps.
+    """
+    if start.run is None:
+        if start.checkpoint is not None:
+            job.print(f"{start.checkpoint.adapter} has an adapter but no training state: a new run starts from it at epoch 0")
+        folder = job.on_main(lambda: create_run_folder(config))
+        job.on_main(lambda: claim(folder))
+        return folder
+    job.on_main(lambda: claim(start.run))
+    job.on_main(lambda: reopen_run_folder(start.run, config, (-1, 0) if start.again else reached, bool(changed)))
+    if start.again:
+        job.print(f"{start.run} has no intact checkpoint: beginning again in it")
+    else:
+        steps = f" and {reached[1]} optimizer steps of the next" if reached[1] else ""
+        job.print(f"resuming {start.run} after epoch {reached[0]}{steps}")
+    for name, (before, now) in changed.items():
+        job.print(f"changed from here on: {flag_of(name)} is {now}, it was {before}")
+    return start.run
 
 
 def create_run_folder(config: TrainConfig) -> Path:

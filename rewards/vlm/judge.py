@@ -10,7 +10,7 @@ from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
 from fdfo.model.acceleration import pad_rows
 from fdfo.storage.hub import hub_errors
-from rewards.vlm_loading import load_sharded, needs_sharding, use_varlen_attention
+from rewards.vlm.loading import load_sharded, needs_sharding, use_varlen_attention
 
 VLM_MODELS = {
     "qwenvl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
@@ -56,32 +56,39 @@ class Vlm:
         use_varlen_attention(self.model.model.visual, job.device)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
-        self.yes, self.no = (tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No"))
+        self.yes_no = self.tokens("Yes", "No")
         self.control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
 
-    @torch.no_grad()
-    def yes_over_no(self, texts: list[str], images: torch.Tensor, rescale: bool, resize: bool) -> torch.Tensor:
-        """Return logit Yes - logit No at the answer position: texts [N] from dialogue(), images [N, 3, H, W] -> [N] float32.
+    def tokens(self, *answers: str) -> list[int]:
+        """Return the first token of each answer."""
+        return [self.processor.tokenizer.encode(answer, add_special_tokens=False)[0] for answer in answers]
 
-        N is at most MAX_BATCH. On a GPU, whose kernels round differently for other shapes, the rows and the length are filled
-        up, so that an image's score does not depend on how many others this process has, while no caption is longer than
-        LENGTH_STEP allows.
+    @torch.no_grad()
+    def margin(self, texts: list[str], images: torch.Tensor, answers: list[int], rescale: bool, resize: bool) -> torch.Tensor:
+        """Return the logit of the first of two answers minus that of the second, at the answer position.
+
+        texts [N] from dialogue(), images [N, K, 3, H, W], K of each text, answers: two tokens -> [N] float32. N K is at most
+        MAX_BATCH. On a GPU, whose kernels round differently for other shapes, the rows and the length are filled up, so that an
+        image's score does not depend on how many others this process has, while no caption is longer than LENGTH_STEP allows.
         """
-        rows, step = len(texts), 1
+        rows, full, step = len(texts), MAX_BATCH // images.shape[1], 1
         if self.job.device.type == "cuda":
-            texts, images, step = texts + texts[:1] * (MAX_BATCH - rows), pad_rows(images, MAX_BATCH), LENGTH_STEP
+            texts, images, step = texts + texts[:1] * (full - rows), pad_rows(images, full), LENGTH_STEP
         inputs = self.processor(
-            text=texts, images=list(images), padding=True, pad_to_multiple_of=step, return_tensors="pt", do_rescale=rescale,
-            do_resize=resize,
+            text=texts, images=list(images.flatten(0, 1)), padding=True, pad_to_multiple_of=step, return_tensors="pt",
+            do_rescale=rescale, do_resize=resize,
         ).to(self.job.device)  # fmt: skip
         logits = self.model(**inputs, logits_to_keep=1).logits[:rows, -1].float()  # [N, vocabulary]
-        return logits[:, self.yes] - logits[:, self.no]
+        return logits[:, answers[0]] - logits[:, answers[1]]
 
-    def dialogue(self, question: str, prompt: str) -> str:
-        """Return the text up to the answer. The caption is data: it is no template, and a blank breaks up control tokens in it."""
+    def dialogue(self, question: str, prompt: str, images: int = 1) -> str:
+        """Return the text up to the answer, with its images before the question.
+
+        The caption is data: it is no template, and a blank breaks up control tokens in it.
+        """
         for token in self.control_tokens:
             prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
-        user = [{"type": "image"}, {"type": "text", "text": question.replace("{prompt}", prompt)}]
+        user = [{"type": "image"}] * images + [{"type": "text", "text": question.replace("{prompt}", prompt)}]
         turns = [
             {"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant."}]},
             {"role": "user", "content": user},
@@ -115,10 +122,15 @@ class VlmScorer:
 
     def _score_batch(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         texts = [self.vlm.dialogue(self.question, prompt) for prompt in prompts]
-        images, quantised = images.to(self.vlm.job.device), images.dtype == torch.uint8
+        images, answers = images.to(self.vlm.job.device), self.vlm.yes_no
         if self.preprocessing == "metrics":
-            return 100 * torch.sigmoid(self.vlm.yes_over_no(texts, images, rescale=quantised, resize=True))
-        size = (TRAINING_SIZE, TRAINING_SIZE)
-        floats = images.float() / 255 if quantised else images.float()
-        resized = F.interpolate(floats, size, mode="bilinear", align_corners=False, antialias=False)
-        return 100 * torch.sigmoid(self.vlm.yes_over_no(texts, resized, rescale=False, resize=False))
+            rescale = images.dtype == torch.uint8
+            return 100 * torch.sigmoid(self.vlm.margin(texts, images[:, None], answers, rescale, resize=True))
+        resized = training_images(images)[:, None]
+        return 100 * torch.sigmoid(self.vlm.margin(texts, resized, answers, rescale=False, resize=False))
+
+
+def training_images(images: torch.Tensor) -> torch.Tensor:
+    """Prepare images the training way: [N, 3, H, W] float in [0, 1] or uint8 -> [N, 3, TRAINING_SIZE, TRAINING_SIZE] float32."""
+    floats = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return F.interpolate(floats, (TRAINING_SIZE, TRAINING_SIZE), mode="bilinear", align_corners=False, antialias=False)
