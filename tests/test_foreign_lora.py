@@ -22,8 +22,8 @@ from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
 from fdfo.method.draw import draw_held_out, image_noise
 from fdfo.method.prepare import prepare
+from fdfo.model.families.sd3 import LORA_TARGETS
 from fdfo.model.images import quantised
-from fdfo.model.lora import LORA_TARGETS, lora_targets
 from fdfo.run_folder.find_checkpoint import find_checkpoint, read_config
 from fdfo.run_folder.start import find_start, with_lora_of
 from fdfo.storage.adapters import read_lora_adapter
@@ -136,7 +136,7 @@ def test_a_run_starts_with_the_images_of_the_lora(tmp_path: Path, kind, rank: in
     assert (config.lora_rank, config.lora_alpha) == (rank, alpha) and not start.resumed
     assert len(read_lora_adapter(start.checkpoint.adapter).modules) == layers
     run = prepare(JOB, config, start)
-    assert len(run.model.trainable()) == 2 * len(lora_targets(stock().transformer))
+    assert len(run.model.trainable()) == 2 * len(run.model.lora_targets)
     ours, _ = draw_held_out(run.model, config, run.plan, run.held_out, lambda start: None)
     latents = torch.stack([image_noise((16, 8, 8), prompt, 0) for prompt in range(2)])
 
@@ -276,7 +276,9 @@ def test_a_lora_on_the_hub(lora: Path, tmp_path: Path):
     environment |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
     names = [f"https://huggingface.co/o/n/{view}/main/mine.safetensors" for view in ("blob", "resolve")]
     names += ["hf:o/n/mine.safetensors", "hf:o/n/a", "https://huggingface.co/o/n/tree/main/a"]
-    code = "import sys; from fdfo.run_folder.start import find_start\nfor n in sys.argv[1:]: print(find_start(n).checkpoint.label)"
+    code = (
+        "import sys; from fdfo.run_folder.start import find_start\nfor n in sys.argv[1:]: print(find_start(n).checkpoint.label)"
+    )
     with HubServer("o/n", files) as server:
         environment["HF_ENDPOINT"] = server.url
         done = subprocess.run([sys.executable, "-c", code, *names], env=environment, capture_output=True, text=True, timeout=100)

@@ -25,7 +25,7 @@ def imported(path) -> set[str]:
 
 def test_folders_import_only_folders_below_them():
     floor = {name: i for i, names in enumerate(FOLDERS) for name in names}
-    files = [*ROOT.glob("*.py"), *ROOT.glob("fdfo/*/*.py"), *ROOT.glob("rewards/*.py"), *ROOT.glob("benchmarks/*.py")]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("fdfo/**/*.py"), *ROOT.glob("rewards/*.py"), *ROOT.glob("benchmarks/*.py")]
     for path in files:
         own = place(path)
         wrong = {name for name in imported(path) - {own} if floor[name] <= floor[own]}
@@ -33,7 +33,7 @@ def test_folders_import_only_folders_below_them():
 
 
 def test_no_folder_is_crowded():
-    for folder in [*(ROOT / "fdfo").iterdir(), ROOT / "rewards"]:
+    for folder in [*(path for path in (ROOT / "fdfo").rglob("*") if path.is_dir()), ROOT / "rewards"]:
         files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert len(files) <= (9 if folder.name == "rewards" else 8), f"{folder.name} has {len(files)} files: {files}"
 

@@ -27,7 +27,8 @@ def draw_held_out(
     They are sampled with the micro-batches, text length and compiled blocks of training. The noise of an image depends on its
     prompt's number and its repeat alone.
     """
-    sigmas, shape = model.sigmas(config.sample.num_solver_steps), model.latent_shape(config.sample.resolution)
+    sigmas = model.sigmas(config.sample.num_solver_steps, config.sample.resolution)
+    shape = model.latent_shape(config.sample.resolution)
     places = [(row, repeat) for row in range(len(held_out.own)) for repeat in range(held_out.repeats)]
     empty, images, finite = None if held_out.empty is None else held_out.empty.to(model.device), [], []
     for start in range(0, len(places), 2 * plan.sample_batch):

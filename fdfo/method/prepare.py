@@ -161,6 +161,10 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
     """Load the base model onto its device, with a fresh LoRA or the checkpoint's. Raises UserError if they do not fit."""
     model = FlowModel(config.pretrained_model, config.precision, job.device)
     model.latent_shape(config.sample.resolution)
+    if model.family.distilled(model.name):
+        job.print(
+            f"warning: {model.name} is distilled to few steps; reinforcement blurs what such models draw: train the base model instead"
+        )
     if checkpoint is None:
         model.add_lora(config.lora_rank, config.lora_alpha, config.seed)
     else:

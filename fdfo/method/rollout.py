@@ -128,7 +128,8 @@ def sample_share(
 def sample_batch(model: FlowModel, config: TrainConfig, rollout: Rollout, batch: range) -> None:
     """Sample some of the rank's pairs, by their numbers on this rank, into the rollout."""
     share, seed, epoch = rollout.share, config.seed, rollout.share.epoch
-    pairs, sigmas = share.pairs[batch.start : batch.stop], model.sigmas(config.sample.num_solver_steps)
+    pairs = share.pairs[batch.start : batch.stop]
+    sigmas = model.sigmas(config.sample.num_solver_steps, config.sample.resolution)
     shape, rows = rollout.final.shape[1:], slice(2 * batch.start, 2 * batch.stop)
     index = torch.arange(batch.start, batch.stop, device=model.device).repeat_interleave(2)
     kept = KeptSamples(rollout, batch)

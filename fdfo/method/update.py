@@ -106,8 +106,8 @@ def accumulate_gradient(
     from 1. Ends early if a loss or a scaled gradient is not finite, or if asked, which is called before every micro-batch with
     the number of samples done, returns True. Dropped pairs count as ratio 1.
     """
-    model, clip_range = data.model, data.config.train.clip_range
-    sigmas = model.sigmas(data.config.sample.num_solver_steps).to(model.device)
+    model, sample, clip_range = data.model, data.config.sample, data.config.train.clip_range
+    sigmas = model.sigmas(sample.num_solver_steps, sample.resolution).to(model.device)
     sums, farthest, previous = torch.zeros(5, dtype=torch.float64), [torch.ones(1, device=model.device)], None
     for start in range(0, len(samples.own), data.plan.train_batch):
         if asked(start):
