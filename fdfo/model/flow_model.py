@@ -9,7 +9,7 @@ from fdfo.model.acceleration import cast_frozen_weights, checkpointing, fast_att
 from fdfo.model.adapted_pipeline import AdaptedPipeline
 from fdfo.model.text import TextEmbeddings, joined
 
-TRIAL_TEXT = 256  # tokens of a text in a trial, where their number differs between prompts
+TRIAL_TEXT = 256  # tokens of a long text in a trial, where their number differs between prompts
 DECODE_BATCH = 8  # images; on a CPU larger batches fall out of its caches and take twice as long
 
 
@@ -48,7 +48,7 @@ class FlowModel(AdaptedPipeline):
         text, x = self.encode_prompts([""], 1.0)[0], torch.zeros(1, *self.latent_shape(resolution), device=self.device)
         self._forward(x, x.new_ones(1), text).float().sum().backward()
         if self.family.dynamic_text:  # a batch of unlike lengths has a mask, and so a graph of its own
-            unlike = joined([text, text.lengthened(TRIAL_TEXT)])
+            unlike = joined([text, self.long_text(text)])
             self._forward(x.repeat(2, 1, 1, 1), x.new_ones(2), unlike).float().sum().backward()
         for parameter in self.trainable():
             parameter.grad = None
@@ -75,6 +75,10 @@ class FlowModel(AdaptedPipeline):
         """Encode prompts for training, and the empty prompt if guidance needs it, bringing the text encoders to the device."""
         with self.text_encoders_loaded():
             return self.encode(prompts), self.encode([""]) if guidance != 1 else None
+
+    def long_text(self, text: TextEmbeddings) -> TextEmbeddings:
+        """Return one row of text with as many tokens as a long prompt has, for a trial."""
+        return text.lengthened(self.family.text_length(TRIAL_TEXT))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.compute_type, enabled=self.precision != "fp32")

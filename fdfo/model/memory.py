@@ -9,7 +9,7 @@ from fdfo.config.errors import UserError
 from fdfo.config.plan import BatchPlan, plan_batches
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
-from fdfo.model.flow_model import TRIAL_TEXT, FlowModel
+from fdfo.model.flow_model import FlowModel
 
 
 def trajectory_storage(config: TrainConfig, device: torch.device) -> torch.device:
@@ -81,7 +81,7 @@ def fits(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPlan) -> bo
         storage = trajectory_storage(config, job.device)
         held = torch.empty(2, kept, *shape, device=storage, dtype=model.compute_type)
         text, empty = model.encode_prompts([""], guidance)
-        text = text.lengthened(TRIAL_TEXT)
+        text = model.long_text(text)
         for size, gradient in ((2 * plan.sample_batch, False), (plan.train_batch, True)):
             x = torch.zeros(size, *shape, device=job.device)  # [size, C, H, W]
             with torch.set_grad_enabled(gradient):
