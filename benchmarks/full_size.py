@@ -29,7 +29,7 @@ python benchmarks/full_size.py --preset sd35-medium-24gb --pairs 432 --solver-st
 
 Other base models, as their presets have them (for a small GPU), and with all that a large GPU has room for:
 
-python benchmarks/random_hub.py --parts flux2-klein clip --out /dev/shm/random_hub
+python benchmarks/random_hub.py --parts flux2-klein pickscore --out /dev/shm/random_hub
 python benchmarks/full_size.py --preset flux2-klein --reward-preset pickscore --out klein_small.json
 python benchmarks/full_size.py --preset flux2-klein --reward-preset pickscore --roomy --max-batch-size 12 --out klein.json
 

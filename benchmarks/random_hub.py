@@ -7,7 +7,7 @@ python metrics.py --prompt-set showcase --num-prompts 15 --num-repeats 2 --metri
 
 Tokenizers are small ones of the right classes and lengths. The whole is about 40 GB. Other base models, of 16, 21 and 28 GB:
 
-python benchmarks/random_hub.py --parts flux2-klein z-image sd35-large clip --out /tmp/random_hub
+python benchmarks/random_hub.py --parts flux2-klein z-image sd35-large pickscore --out /tmp/random_hub
 """
 
 import sys
@@ -69,10 +69,10 @@ class HubConfig:
 
     out: Path
     """folder to fill: HF_HOME of the commands that use it"""
-    parts: tuple[Literal["sd35", "clip", "vlm", "dreamsim", "sd35-large", "flux2-klein", "z-image"], ...] = (
+    parts: tuple[Literal["sd35", "clip", "vlm", "dreamsim", "pickscore", "sd35-large", "flux2-klein", "z-image"], ...] = (
         "sd35", "clip", "vlm", "dreamsim",
     )  # fmt: skip
-    """what to make"""
+    """what to make; pickscore is two of the four models of clip: its own, and the one with its processor"""
     t5_layers: int = 24
     """layers of the T5 encoder; fewer make the folder smaller"""
     vlm: Literal["qwenvl-3b", "qwenvl-7b"] = "qwenvl-7b"
@@ -171,8 +171,9 @@ def main(config: HubConfig) -> None:
         put(Z_IMAGE, lambda folder: save_bfloat16(bases.build_z_image(bases.Z_IMAGE, bases.QWEN3_4B, bases.FLUX_VAE), folder))
     if "clip" in config.parts:
         put(CLIP_MODELS["clip_l14"][0], lambda folder: save_clip(folder, CLIP_L_TEXT, CLIP_L_VISION, 768))
-        for name in ("clip_h14", "pickscore", "hpsv2"):
-            put(CLIP_MODELS[name][0], lambda folder: save_clip(folder, CLIP_H_TEXT, CLIP_H_VISION, 1024))
+    of_pickscore = ("clip_h14", "pickscore") if "pickscore" in config.parts else ()
+    for name in ("clip_h14", "pickscore", "hpsv2") if "clip" in config.parts else of_pickscore:
+        put(CLIP_MODELS[name][0], lambda folder: save_clip(folder, CLIP_H_TEXT, CLIP_H_VISION, 1024))
     if "vlm" in config.parts:
         put(VLM_MODELS[config.vlm], lambda folder: save_vlm(folder, config.vlm))
     if "dreamsim" in config.parts:
