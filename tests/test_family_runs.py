@@ -113,6 +113,18 @@ def test_the_small_memory_way_and_a_resume_change_no_bit(bases: dict[str, str], 
     assert all(line["ratio_first"] == pytest.approx(1, abs=1e-3) for line in log_of(first, "step")[:1])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NEW)
+def test_compiled_epochs_in_bfloat16(bases: dict[str, str], name: str, tmp_path: Path):
+    """On a GPU, with guidance, prompts of unlike lengths, and the text encoders in host memory."""
+    config = quick(tmp_path, bases[name], precision="bf16", compile=True, memory_efficient=True, total_pairs_per_epoch=10)
+    run = train(Job(0, 1, torch.device("cuda", 0)), config)
+    assert run.compile_seconds is not None
+    steps = log_of(run.folder, "step")
+    assert all(step["applied"] for step in steps) and steps[0]["ratio_first"] == pytest.approx(1, abs=1e-2)
+    assert len(log_of(run.folder, "eval")) == 3
+
+
 def test_two_processes_train_the_same_adapters(bases: dict[str, str], tmp_path: Path):
     """On a subset of the samples; one job trains both families, one after the other."""
     models = [bases[name] for name in NEW]
