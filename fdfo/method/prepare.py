@@ -12,6 +12,7 @@ from fdfo.config.plan import BatchPlan, plan_batches
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.distributed.launch import check_device
+from fdfo.distributed.sharding import needs_sharding
 from fdfo.evaluation.health import Health
 from fdfo.evaluation.heldout import HeldOut, PromptSplit, prepare_held_out, split_prompts
 from fdfo.evaluation.statistics import REWARD
@@ -177,6 +178,11 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
             )
         if warning := guidance_warning(checkpoint, config.sample.guidance_scale, "--sample.guidance-scale"):
             job.print(warning)
+    if needs_sharding(job, [part for part in model.pipe.components.values() if isinstance(part, torch.nn.Module)]):
+        model.shard(job)
+        job.print(
+            f"the transformer is spread over {job.world_size} processes, since one GPU cannot hold it; its blocks are recomputed"
+        )
     model.to_device(text_encoders=not config.memory_efficient)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()

@@ -119,9 +119,10 @@ def sample_share(
     storage = trajectory_storage(config, model.device)
     xs = torch.empty(len(samples.step), *shape, device=storage, dtype=model.compute_type)  # [S, C, H, W]
     rollout = Rollout(share, samples, xs, torch.empty_like(xs), torch.empty(2 * len(pairs), *shape, device=model.device))
-    for start in range(0, len(pairs), plan.sample_batch):
-        before_batch(start)
-        sample_batch(model, config, rollout, range(start, min(start + plan.sample_batch, len(pairs))))
+    with model.together():
+        for start in range(0, len(pairs), plan.sample_batch):
+            before_batch(start)
+            sample_batch(model, config, rollout, range(start, min(start + plan.sample_batch, len(pairs))))
     return rollout
 
 

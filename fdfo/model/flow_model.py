@@ -1,10 +1,13 @@
 """The text-to-image flow model: text embeddings, velocities and images of an adapted pipeline (docs/method.md 1 and 4)."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 
 from fdfo.config.errors import UserError
+from fdfo.distributed.job import Job
+from fdfo.distributed.sharding import Lockstep, shard_blocks
 from fdfo.model.acceleration import cast_frozen_weights, checkpointing, fast_attention, pad_rows, try_compiled
 from fdfo.model.adapted_pipeline import AdaptedPipeline
 from fdfo.model.text import TextEmbeddings, joined
@@ -17,6 +20,8 @@ class FlowModel(AdaptedPipeline):
     """What training asks of the base model with its LoRA: text embeddings, velocities, images."""
 
     compiled_rows: int | None = None  # rows of x for which the blocks are compiled
+    lockstep: Lockstep | None = None  # if the transformer is spread over the job
+    last_row: tuple[torch.Tensor, torch.Tensor, TextEmbeddings]  # of the transformer's last call, for idle ones
 
     # -- memory and speed
 
@@ -24,21 +29,41 @@ class FlowModel(AdaptedPipeline):
         """Store only the inputs of the transformer's blocks from now on, and recompute each block in the backward pass."""
         self.pipe.transformer.enable_gradient_checkpointing(checkpointing(self.device))
 
+    def shard(self, job: Job) -> None:
+        """Spread the transformer's blocks over the job, before to_device(); they are recomputed in the backward, and never compiled."""
+        self._fast_weights()
+        self.checkpoint_gradients()
+        shard_blocks(self.pipe.transformer, self.family.blocks())
+        self.lockstep = Lockstep(job)
+
+    def together(self) -> contextlib.AbstractContextManager:
+        """Return the context inside which processes may call velocity() unequally often."""
+        return contextlib.nullcontext() if self.lockstep is None else self.lockstep.together(self._idle_call)
+
+    def _idle_call(self) -> None:
+        v = self._transformer_alone(*self.last_row)
+        if torch.is_grad_enabled():
+            (0 * v.float().sum()).backward()
+
+    def _fast_weights(self) -> None:
+        for part in (self.pipe.transformer, self.pipe.vae):
+            cast_frozen_weights(part, self.compute_type)
+        self.family.speed_up_attention()
+
     def accelerate(self, compiled_rows: int | None, resolution: int) -> str | None:
         """Make velocity() and decode() fast for training. After it only they work: weights of several types need autocast.
 
         compiled_rows: rows of x at a time for which the blocks are compiled; None leaves them eager. Returns why compiling failed,
         or None.
         """
-        transformer, vae = self.pipe.transformer, self.pipe.vae
-        cast_frozen_weights(transformer, self.compute_type)
-        cast_frozen_weights(vae, self.compute_type)
-        self.family.speed_up_attention()
+        if self.lockstep is not None:
+            return None
+        self._fast_weights()
         if compiled_rows is None:
             return None
         self.compiled_rows = compiled_rows
         blocks = [(block, self.family.dynamic_text) for block in self.family.blocks()]
-        failure = try_compiled([*blocks, (vae.decoder, False)], lambda: self._warm_up(resolution))
+        failure = try_compiled([*blocks, (self.pipe.vae.decoder, False)], lambda: self._warm_up(resolution))
         if failure is not None:
             self.compiled_rows = None
         return failure
@@ -128,6 +153,12 @@ class FlowModel(AdaptedPipeline):
         return v if wanted else v.detach()
 
     def _transformer(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
+        if self.lockstep is not None:
+            self.last_row = (x[:1], sigma[:1], text.rows(slice(1)))
+            self.lockstep.announce()
+        return self._transformer_alone(x, sigma, text)
+
+    def _transformer_alone(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         with self.autocast(), fast_attention(self.device):
             return self.family.velocity(x, sigma, text)
 
