@@ -63,6 +63,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import fdfo.method.prepare  # noqa: E402
 import fdfo.method.trainer  # noqa: E402
 import fdfo.method.update  # noqa: E402
 import rewards.vlm  # noqa: E402
@@ -116,6 +117,8 @@ class FullSizeConfig:
     """held-out prompts of an evaluation before the epoch and one after it; a rank of 8 has 16"""
     shard_vlm: bool = False
     """spread the judge over the processes even where one GPU has room for it"""
+    shard_transformer: bool = False
+    """spread the transformer over the processes even where one GPU has room for it"""
     one_gpu: bool = False
     """put all processes on the first GPU; they talk over gloo, since NCCL wants a GPU each"""
     gradient: Path | None = None
@@ -242,6 +245,8 @@ def main(config: FullSizeConfig) -> None:
         held = ballast(settings, config.pairs, job.device)
         if config.shard_vlm:
             rewards.vlm.needs_sharding = lambda name, dtype, job: True
+        if config.shard_transformer:
+            fdfo.method.prepare.needs_sharding = lambda job, modules: True
         if config.gradient is not None:
             keep_first_step(config.gradient)
         with peaks_by_stage() as peaks:

@@ -50,7 +50,9 @@ def quick(folder: Path, model: str, **changes) -> TrainConfig:
 def few(folder: Path, model: str) -> TrainConfig:
     """On a subset of the samples, with the KL term. Two processes have shares of unlike sizes, and one alone has held-out prompts."""
     subset = OptimConfig(learning_rate=1e-3, clip_range=0.2, steps_per_trajectory=2, branches="one", kl_weight=0.1)
-    return quick(folder, model, train=subset, total_pairs_per_epoch=5, max_batch_size=2, eval_prompts=3, eval_metrics=())
+    return quick(
+        folder, model, train=subset, num_epochs=1, total_pairs_per_epoch=5, max_batch_size=2, eval_prompts=3, eval_metrics=()
+    )
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ class FlowModel(AdaptedPipeline):
 
     compiled_rows: int | None = None  # rows of x for which the blocks are compiled
     lockstep: Lockstep | None = None  # if the transformer is spread over the job
-    last_row: tuple[torch.Tensor, torch.Tensor, TextEmbeddings]  # of the transformer's last call, for idle ones
 
     # -- memory and speed
 
@@ -38,12 +37,7 @@ class FlowModel(AdaptedPipeline):
 
     def together(self) -> contextlib.AbstractContextManager:
         """Return the context inside which processes may call velocity() unequally often."""
-        return contextlib.nullcontext() if self.lockstep is None else self.lockstep.together(self._idle_call)
-
-    def _idle_call(self) -> None:
-        v = self._transformer_alone(*self.last_row)
-        if torch.is_grad_enabled():
-            (0 * v.float().sum()).backward()
+        return contextlib.nullcontext() if self.lockstep is None else self.lockstep.together()
 
     def _fast_weights(self) -> None:
         for part in (self.pipe.transformer, self.pipe.vae):
@@ -154,11 +148,10 @@ class FlowModel(AdaptedPipeline):
 
     def _transformer(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         if self.lockstep is not None:
-            self.last_row = (x[:1], sigma[:1], text.rows(slice(1)))
-            self.lockstep.announce()
-        return self._transformer_alone(x, sigma, text)
+            self.lockstep.announce(lambda: self._call(x[:1], sigma[:1], text.rows(slice(1))))
+        return self._call(x, sigma, text)
 
-    def _transformer_alone(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
+    def _call(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         with self.autocast(), fast_attention(self.device):
             return self.family.velocity(x, sigma, text)
 

@@ -60,23 +60,12 @@ class StableDiffusion3(Family):
     def encode(self, prompts: list[str], length: int, device: torch.device) -> TextEmbeddings:
         """Return tokens [N, L, D], CLIP's, then T5's, and pooled [N, D']."""
         tokens, _, pooled, _ = self.pipe.encode_prompt(
-            prompt=prompts,
-            prompt_2=None,
-            prompt_3=None,
-            device=device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=length,
+            prompts, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return TextEmbeddings(tokens, pooled)
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        return self.pipe.transformer(
-            hidden_states=x,
-            timestep=1000 * sigma,
-            encoder_hidden_states=text.tokens,
-            pooled_projections=text.pooled,
-            return_dict=False,
-        )[0]
+        return self.pipe.transformer(x, text.tokens, text.pooled, timestep=1000 * sigma, return_dict=False)[0]
 
     def sigmas(self, steps: int, resolution: int) -> torch.Tensor:
         """Return the scheduler's own grid, which does not depend on the resolution."""

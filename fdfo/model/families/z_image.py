@@ -32,12 +32,8 @@ class ZImage(Family):
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         """The transformer's time runs from noise to data, and so does its output: hence 1 - sigma, and the sign."""
-        output = self.pipe.transformer(
-            list(x.float().unsqueeze(2)),  # N times [C, 1, H, W]
-            1 - sigma,
-            text.own_tokens(),
-            return_dict=False,
-        )[0]
+        frames = list(x.float().unsqueeze(2))  # N times [C, 1, H, W]
+        output = self.pipe.transformer(frames, 1 - sigma, text.own_tokens(), return_dict=False)[0]
         return -torch.stack(list(output))[:, :, 0]
 
     def sides(self) -> range:
