@@ -202,7 +202,7 @@ def test_a_pipeline_of_another_class_is_refused_before_it_is_loaded(tmp_path: Pa
 @pytest.mark.parametrize("name", ["klein", "z_image"])
 def test_float16_is_refused_where_it_overflows(bases: dict[str, str], name: str):
     with pytest.raises(UserError, match="--precision fp16 overflows in .*: give --precision bf16"):
-        loaded(bases[name]).family.check_precision("fp16", bases[name])
+        find_family(bases[name]).check_precision("fp16", bases[name])
 
 
 def test_a_distilled_model_is_warned_of(bases: dict[str, str], job: Job, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -234,5 +234,5 @@ def test_the_presets_fit_their_families():
     for name, family in (("sd35-large", StableDiffusion3), ("flux2-klein", Flux2Klein), ("z-image", ZImage)):
         preset = PRESETS[name]
         assert preset.preset == name and preset.pretrained_model in family.licences
-        family(None).check_precision(preset.precision, name)
+        family.check_precision(preset.precision, name)
         assert plan_batches(preset, 1).samples == 2 * 432 * preset.sample.num_solver_steps

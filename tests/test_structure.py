@@ -1,6 +1,7 @@
 """A folder imports only folders below it, and no folder is crowded."""
 
 import ast
+import re
 
 from conftest import ROOT
 
@@ -30,6 +31,14 @@ def test_folders_import_only_folders_below_them():
         own = place(path)
         wrong = {name for name in imported(path) - {own} if floor[name] <= floor[own]}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which do not stand below {own}"
+
+
+def test_families_are_known_by_name_in_their_folder_alone():
+    """Hub ids and presets are data of fdfo/config; foreign_lora.py translates what others call the layers of SD3."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("fdfo/**/*.py"), *ROOT.glob("rewards/*.py")):
+        if path.parent.name not in ("families", "config", "tiny", "storage"):
+            found = re.search(r"(?i)klein|z_?image|StableDiffusion3|flux", path.read_text())
+            assert not found, f"{path.relative_to(ROOT)} names a family: {found}"
 
 
 def test_no_folder_is_crowded():

@@ -190,8 +190,12 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
 
 
 def accelerate(job: Job, config: TrainConfig, plan: BatchPlan, model: FlowModel) -> float | None:
-    """Make the model fast; return the seconds that compiling took. If compiling fails on a rank, warn and leave that rank eager."""
-    rows = plan.train_batch if config.compile and job.device.type == "cuda" else None
+    """Make the model fast; return the seconds that compiling took. If compiling fails on a rank, warn and leave that rank eager.
+
+    A transformer that is spread over the job stays eager.
+    """
+    compiled = config.compile and job.device.type == "cuda" and model.lockstep is None
+    rows = plan.train_batch if compiled else None
     start = time.perf_counter()
     try:
         failure = model.accelerate(rows, config.sample.resolution)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from fdfo.distributed.launch import check_device
 from fdfo.model.acceleration import PinnedWeights
-from fdfo.model.families.registry import check_same_family, load_family
+from fdfo.model.families.registry import check_same_family, find_family, load_family
 from fdfo.model.lora import attach_lora, completed, fill_lora
 from fdfo.storage.adapters import read_lora_adapter
 
@@ -29,8 +29,8 @@ class AdaptedPipeline:
         self.name, self.precision, self.device = name, precision, device
         self.compute_type = COMPUTE_TYPES[precision]
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        find_family(name).check_precision(precision, name)
         self.family = load_family(name, self.dtype)
-        self.family.check_precision(precision, name)
         self.pipe.set_progress_bar_config(disable=True)
         for module in self._modules():
             module.requires_grad_(False).eval()

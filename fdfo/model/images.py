@@ -68,7 +68,7 @@ def check_sides(model: FlowModel, settings: ImageSettings) -> None:
 
 
 def encode_for_images(model: FlowModel, prompts: Sequence[str]) -> ImageText:
-    """Encode the prompts as the pipeline itself does, and keep them on the CPU: 2.7 MB per prompt for SD3.5, 7.9 for FLUX.2-klein 4B, in bfloat16."""
+    """Encode the prompts as the pipeline itself does, and keep them on the CPU: 2.7 MB per prompt for SD3.5 in bfloat16."""
     prompts, empty = (model.encode(texts, model.family.image_text).to(torch.device("cpu")) for texts in (prompts, [""]))
     return ImageText(prompts, empty)
 

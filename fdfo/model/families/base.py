@@ -112,12 +112,11 @@ class Family:
         """Return whether the model called name was distilled to few steps, by its settings, else by its name."""
         return "turbo" in name.lower()
 
-    def check_precision(self, precision: str, name: str) -> None:
+    @classmethod
+    def check_precision(cls, precision: str, name: str) -> None:
         """Raise UserError for float16 where the activations leave its range."""
-        if precision == "fp16" and not self.half_range:
-            raise UserError(
-                f"--precision fp16 overflows in {name} ({self.title}), which then draws black: give --precision bf16."
-            )
+        if precision == "fp16" and not cls.half_range:
+            raise UserError(f"--precision fp16 overflows in {name} ({cls.title}), which then draws black: give --precision bf16.")
 
 
 def even_levels(steps: int) -> list[float]:
