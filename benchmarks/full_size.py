@@ -27,14 +27,21 @@ The preset for one GPU of 24 GB, all 432 pairs, on a GPU that lets this process 
 python benchmarks/random_hub.py --parts sd35 clip vlm --vlm qwenvl-3b --out /dev/shm/random_hub
 python benchmarks/full_size.py --preset sd35-medium-24gb --pairs 432 --solver-steps 5 --gpu-gb 23 --out small.json
 
+Other base models, as their presets have them (for a small GPU), and with all that a large GPU has room for:
+
+python benchmarks/random_hub.py --parts flux2-klein pickscore --out /dev/shm/random_hub
+python benchmarks/full_size.py --preset flux2-klein --reward-preset pickscore --out klein_small.json
+python benchmarks/full_size.py --preset flux2-klein --reward-preset pickscore --roomy --max-batch-size 12 --out klein.json
+
 With few solver steps an epoch takes minutes. Of a whole epoch only trajectories are then missing, and ballast of their size
 takes their place where they would lie: the epoch's, and on the GPU those of one micro-batch of sampling. Seconds of sampling and
-update are also given as 40 steps would take. Peaks are by stage; "start" is loading, compiling and the trial before the first epoch.
+update are also given as the preset's steps would take. Peaks are by stage; "start" is loading, compiling and the trial before the first epoch.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import resource
 import sys
@@ -43,43 +50,46 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import diffusers
 import torch
 import torch.distributed as dist
 import tyro
-from diffusers import SD3Transformer2DModel
+from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import fdfo.method.prepare  # noqa: E402
 import fdfo.method.trainer  # noqa: E402
 import fdfo.method.update  # noqa: E402
 import rewards.vlm.judge  # noqa: E402
 from fdfo.config.options import to_dict  # noqa: E402
 from fdfo.config.plan import plan_batches, plan_subset  # noqa: E402
 from fdfo.config.presets import PRESETS
-from fdfo.config.train_options import SD35_MEDIUM, TrainConfig  # noqa: E402
+from fdfo.config.train_options import TrainConfig  # noqa: E402
 from fdfo.distributed.job import Job  # noqa: E402
 from fdfo.distributed.launch import run_command_line, start_job  # noqa: E402
 from fdfo.distributed.machine import StageClock, versions  # noqa: E402
 from fdfo.method.rollout import Differences, Rollout  # noqa: E402
 from fdfo.method.trainer import train  # noqa: E402
+from fdfo.model.adapted_pipeline import COMPUTE_TYPES  # noqa: E402
+from fdfo.model.families.base import Family  # noqa: E402
+from fdfo.model.families.registry import find_family  # noqa: E402
 from fdfo.model.flow_model import FlowModel  # noqa: E402
-from fdfo.model.lora import LORA_TARGETS  # noqa: E402
 from fdfo.model.memory import trajectory_storage  # noqa: E402
+from fdfo.model.text import TextEmbeddings  # noqa: E402
 from rewards.scorer import WeightedReward  # noqa: E402
-
-STEPS = 40  # solver steps of a true epoch
-LATENT = 16 * 64 * 64  # numbers in a latent
 
 
 @dataclass(frozen=True)
 class FullSizeConfig:
     """Time one rank's share of an epoch."""
 
-    preset: Literal["sd35-medium", "sd35-medium-fast", "sd35-medium-24gb"] = "sd35-medium"
+    preset: Literal["sd35-medium", "sd35-medium-fast", "sd35-medium-24gb", "sd35-large", "flux2-klein", "z-image"] = "sd35-medium"
     """train.py's preset"""
     steps_per_trajectory: int | None = None
     """solver steps of a trajectory to train on (the preset's)"""
@@ -87,8 +97,14 @@ class FullSizeConfig:
     """branches of a pair to train on (the preset's)"""
     pairs: int = 54
     """pairs of the share, that is of each process"""
-    solver_steps: int = STEPS
-    """solver steps of a trajectory; ballast stands for those that are missing"""
+    solver_steps: int | None = None
+    """solver steps of a trajectory (the preset's); ballast stands for those that are missing"""
+    resolution: int = 512
+    """width and height of the images"""
+    roomy: bool = False
+    """without the preset's flags for a small GPU: nothing is recomputed, nothing waits in host memory but the text encoders"""
+    compile: bool = True
+    """compile the blocks, as all presets do"""
     gpu_gb: float | None = None
     """10^9 bytes that PyTorch may take on the GPU, as if it had no more; all it has if left out"""
     eager: bool = False
@@ -101,6 +117,8 @@ class FullSizeConfig:
     """held-out prompts of an evaluation before the epoch and one after it; a rank of 8 has 16"""
     shard_vlm: bool = False
     """spread the judge over the processes even where one GPU has room for it"""
+    shard_transformer: bool = False
+    """spread the transformer over the processes even where one GPU has room for it"""
     one_gpu: bool = False
     """put all processes on the first GPU; they talk over gloo, since NCCL wants a GPU each"""
     gradient: Path | None = None
@@ -109,27 +127,47 @@ class FullSizeConfig:
     """JSON file for the figures"""
 
 
-def count_tflop() -> tuple[float, float]:
-    """Return the TFLOP of one sample's forward pass, and of forward and backward with the LoRA, counted by PyTorch on the meta device."""
-    config = SD3Transformer2DModel.load_config(SD35_MEDIUM, subfolder="transformer")
+def on_meta(name: str) -> Family:
+    """Return the model without weights: its family, around a transformer of the true size on the meta device."""
+    network = getattr(diffusers, DiffusionPipeline.load_config(name)["transformer"][1])
+    config = network.load_config(name, subfolder="transformer")
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(config).requires_grad_(False)
-        targets = [f"attn.{target}" for target in LORA_TARGETS]
-        get_peft_model(transformer, LoraConfig(r=32, lora_alpha=64, target_modules=targets))
-        x, tokens, pooled = torch.randn(1, 16, 64, 64), torch.randn(1, 205, 4096), torch.randn(1, 2048)
+        transformer = network.from_config(config).requires_grad_(False)
+    return find_family(name)(SimpleNamespace(transformer=transformer, vae_scale_factor=8, patch_size=2))
+
+
+def mean_text(text: TextEmbeddings) -> TextEmbeddings:
+    """Return one row, on the meta device, as long as these prompts are in the mean."""
+    if text.lengths is None:
+        return text.rows([0]).to(torch.device("meta"))
+    length = round(text.lengths.double().mean().item())
+    return TextEmbeddings(torch.empty(1, length, text.tokens.shape[2], device="meta"), None, torch.tensor([length]))
+
+
+def count_tflop(name: str, text: TextEmbeddings, resolution: int) -> tuple[float, float]:
+    """Return the TFLOP of one sample's forward pass, and of forward and backward with the LoRA, counted by PyTorch on the meta device.
+
+    text: of some prompts of the share.
+    """
+    family, text = on_meta(name), mean_text(text)
+    transformer = family.pipe.transformer
+    with torch.device("meta"):
+        get_peft_model(transformer, LoraConfig(r=32, lora_alpha=64, target_modules=family.lora_targets(transformer)))
+        tokens, pooled = (None if part is None else part.float() for part in (text.tokens, text.pooled))
+        x, text = torch.randn(1, *family.latent_shape(resolution)), TextEmbeddings(tokens, pooled, text.lengths)
         with FlopCounterMode(display=False) as forward:
-            v = transformer(x, tokens, pooled, torch.ones(1), return_dict=False)[0]
+            v = family.velocity(x, torch.ones(1), text)
         with FlopCounterMode(display=False) as backward:
             v.sum().backward()
     return forward.get_total_flops() / 1e12, (forward.get_total_flops() + backward.get_total_flops()) / 1e12
 
 
-def ceiling(seconds: float = 0.0) -> float:
-    """Measure TFLOP/s of a float16 matrix product of 8192^3: median of 20 on a cool GPU, or of the last 20 after some seconds.
+def ceiling(dtype: torch.dtype, seconds: float = 0.0) -> float:
+    """Measure TFLOP/s of a matrix product of 8192^3: median of 20 on a cool GPU, or of the last 20 after some seconds.
 
     A GPU at its power limit lowers its clock, so that what it can do for a moment is not what it can do for an epoch.
     """
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.float16)
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=dtype)
     times, begin = [], time.perf_counter()
     while len(times) < 25 or time.perf_counter() - begin < seconds:
         start, end = torch.cuda.Event(True), torch.cuda.Event(True)
@@ -144,21 +182,27 @@ def ceiling(seconds: float = 0.0) -> float:
 def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainConfig:
     """Return the options that train.py would get."""
     preset = PRESETS[config.preset]
+    if config.roomy:
+        preset = dataclasses.replace(
+            preset, gradient_checkpointing=False, offload_scorers=False, offload_trajectories=False, max_batch_size=None
+        )
     subset = {name: value for name in ("steps_per_trajectory", "branches") if (value := getattr(config, name)) is not None}
     return dataclasses.replace(
-        preset, prompt_set="tiny_heldout", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=not config.eager,
+        preset, prompt_set="tiny_heldout", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=config.compile and not config.eager,
         max_batch_size=config.max_batch_size or preset.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
-        sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps), train=dataclasses.replace(preset.train, **subset),
+        sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps or preset.sample.num_solver_steps, resolution=config.resolution),
+        train=dataclasses.replace(preset.train, **subset),
         eval_prompts=config.eval_prompts, eval_prompt_set="tiny",
     )  # fmt: skip
 
 
 def ballast(run: TrainConfig, pairs: int, device: torch.device) -> list[torch.Tensor]:
     """Take memory for what fewer solver steps leave out of the kept samples, in float16: of the epoch, and of one batch on the GPU twice."""
-    whole = dataclasses.replace(run, sample=dataclasses.replace(run.sample, num_solver_steps=STEPS))
-    missing = plan_subset(whole).pair_samples - plan_subset(run).pair_samples
-    epoch = torch.ones(2 * pairs * missing * LATENT, dtype=torch.float16, device=trajectory_storage(run, device))
-    return [epoch, torch.ones(2 * 2 * plan_batches(run, 1).sample_batch * missing * LATENT, dtype=torch.float16, device=device)]
+    sample = dataclasses.replace(run.sample, num_solver_steps=PRESETS[run.preset].sample.num_solver_steps)
+    missing = plan_subset(dataclasses.replace(run, sample=sample)).pair_samples - plan_subset(run).pair_samples
+    latent = math.prod(on_meta(run.pretrained_model).latent_shape(run.sample.resolution))
+    epoch = torch.ones(2 * pairs * missing * latent, dtype=torch.float16, device=trajectory_storage(run, device))
+    return [epoch, torch.ones(2 * 2 * plan_batches(run, 1).sample_batch * missing * latent, dtype=torch.float16, device=device)]
 
 
 @contextlib.contextmanager
@@ -192,7 +236,8 @@ def main(config: FullSizeConfig) -> None:
     if config.one_gpu:
         share_first_gpu()
     with start_job() as job, tempfile.TemporaryDirectory() as folder:
-        top = {"moment": ceiling(), "sustained": ceiling(seconds=4.0)}
+        dtype = COMPUTE_TYPES[PRESETS[config.preset].precision]
+        top = {"moment": ceiling(dtype), "sustained": ceiling(dtype, seconds=4.0)}
         if config.gpu_gb is not None:
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(config.gpu_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
@@ -200,6 +245,8 @@ def main(config: FullSizeConfig) -> None:
         held = ballast(settings, config.pairs, job.device)
         if config.shard_vlm:
             rewards.vlm.judge.needs_sharding = lambda name, dtype, job: True
+        if config.shard_transformer:
+            fdfo.method.prepare.needs_sharding = lambda job, modules: True
         if config.gradient is not None:
             keep_first_step(config.gradient)
         with peaks_by_stage() as peaks:
@@ -207,7 +254,9 @@ def main(config: FullSizeConfig) -> None:
         del held
         if job.is_main:
             lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
-            report(config, settings, job.world_size, {"ceiling": top, "peaks": peaks}, lines)
+            text = run.model.encode_prompts(run.prompts[:16], 1.0)[0]
+            work = count_tflop(settings.pretrained_model, text, settings.sample.resolution)
+            report(config, settings, job.world_size, {"ceiling": top, "peaks": peaks, "tflop": work}, lines)
 
 
 def share_first_gpu() -> None:
@@ -240,20 +289,21 @@ def keep_first_step(path: Path) -> None:
 
 
 def report(config: FullSizeConfig, settings: TrainConfig, processes: int, measured: dict, lines: list[dict]) -> None:
-    """Write the figures of rank 0 as JSON, to the console and to --out. measured: ceiling and peaks; lines: the run's log."""
+    """Write the figures of rank 0 as JSON, to the console and to --out. measured: ceiling, peaks and work; lines: the run's log."""
     top, peaks = measured["ceiling"], measured["peaks"]
     start, epoch = (next(line for line in lines if line["kind"] == kind) for kind in ("start", "epoch"))
     steps = [line for line in lines if line["kind"] == "step"]
     seconds = {name: value for name, value in epoch["seconds"].items() if name != "checkpoint"}
-    forward, both = count_tflop()
+    (forward, both), steps_done = measured["tflop"], settings.sample.num_solver_steps
+    all_steps = PRESETS[config.preset].sample.num_solver_steps
     plan = plan_batches(settings, processes)
     trained, drawn = plan.samples // processes, settings.train.steps_per_trajectory is not None
     scaled = ("sample",) if drawn else ("sample", "update")  # with the solver steps
-    whole = {name: value * (STEPS / config.solver_steps if name in scaled else 1) for name, value in seconds.items()}
+    whole = {name: value * (all_steps / steps_done if name in scaled else 1) for name, value in seconds.items()}
     rates = {
         name: {"samples_per_second": samples / seconds[name], "tflop_per_second": samples * work / seconds[name]}
         for name, samples, work in (
-            ("sample", 2 * config.pairs * config.solver_steps, forward),
+            ("sample", 2 * config.pairs * steps_done, forward),
             ("update", trained, both),
         )
     }
@@ -261,7 +311,7 @@ def report(config: FullSizeConfig, settings: TrainConfig, processes: int, measur
         "device": torch.cuda.get_device_name(), "config": to_dict(config), "processes": processes, "versions": versions(),
         "batch_sizes": {"pairs in sampling": plan.sample_batch, "samples in training": plan.train_batch},
         "trained_samples": trained,
-        "seconds": seconds, "share_seconds": sum(whole.values()), "seconds_with_40_steps": whole,
+        "seconds": seconds, "share_seconds": sum(whole.values()), "seconds_with_all_steps": whole,
         "epoch_gpu_seconds": 432 / config.pairs * sum(whole.values()),
         "tflop_per_sample": {"forward": forward, "forward and backward": both}, "ceiling_tflop_per_second": top, "rates": rates,
         "share_of_ceiling": {

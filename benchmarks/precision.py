@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from fdfo.config.errors import UserError  # noqa: E402
 from fdfo.config.plan import BatchPlan, plan_batches  # noqa: E402
 from fdfo.config.presets import PRESETS
-from fdfo.config.train_options import TrainConfig  # noqa: E402
+from fdfo.config.train_options import SampleConfig, TrainConfig  # noqa: E402
 from fdfo.distributed.launch import run_command_line  # noqa: E402
 from fdfo.distributed.machine import versions  # noqa: E402
 from fdfo.method.rollout import Differences, PairShare, Rollout, pair_samples  # noqa: E402
@@ -75,7 +75,8 @@ def inputs(model: FlowModel, settings: TrainConfig) -> Rollout:
     prompts = load_prompts("tiny_heldout" if settings.preset == "tiny" else "showcase")[: settings.total_pairs_per_epoch]
     with model.text_encoders_loaded():
         text = model.encode(prompts)
-    sigmas, shape = model.sigmas(settings.sample.num_solver_steps)[:-1], model.latent_shape(settings.sample.resolution)
+    sample = settings.sample
+    sigmas, shape = model.sigmas(sample.num_solver_steps, sample.resolution)[:-1], model.latent_shape(sample.resolution)
     generator = torch.Generator().manual_seed(0)
     start, end = torch.randn(2, 2 * len(prompts), 1, *shape, generator=generator)
     level = sigmas[:, None, None, None]  # [T, 1, 1, 1]
@@ -85,10 +86,10 @@ def inputs(model: FlowModel, settings: TrainConfig) -> Rollout:
 
 
 @torch.no_grad()
-def velocities(model: FlowModel, plan: BatchPlan, given: Rollout) -> torch.Tensor:
+def velocities(model: FlowModel, sample: SampleConfig, plan: BatchPlan, given: Rollout) -> torch.Tensor:
     """Return the model's velocity at every point of the trajectories: [2P T, C, H, W] float32."""
     row, step = (numbers.to(model.device) for numbers in (given.samples.trajectory, given.samples.step))
-    sigmas = model.sigmas(int(step.max()) + 1).to(model.device)
+    sigmas = model.sigmas(sample.num_solver_steps, sample.resolution).to(model.device)
     found = torch.empty_like(given.xs)
     for part in torch.arange(len(step), device=model.device).split(plan.train_batch):
         text = given.share.text.rows(row[part] // 2)
@@ -137,7 +138,7 @@ def measure(config: PrecisionConfig, device: torch.device) -> dict:
     for kind, (precision, fast, scales) in kinds.items():
         model = build(settings, precision, rows, fast, device)
         given = given or inputs(model, settings)
-        own = dataclasses.replace(given, velocities=velocities(model, plan, given))
+        own = dataclasses.replace(given, velocities=velocities(model, settings.sample, plan, given))
         v[kind] = own.velocities.cpu()
         for spread in config.reward_spreads:
             for scale in scales:

@@ -5,7 +5,9 @@ export HF_HOME=/tmp/random_hub TORCH_HOME=/tmp/random_hub/torch HF_HUB_OFFLINE=1
 python train.py --prompt-set showcase --num-epochs 1 --total-pairs-per-epoch 12
 python metrics.py --prompt-set showcase --num-prompts 15 --num-repeats 2 --metrics pickscore vlm_alignment dreamsim_diversity
 
-Tokenizers are small ones of the right classes and lengths. The whole is about 40 GB.
+Tokenizers are small ones of the right classes and lengths. The whole is about 40 GB. Other base models, of 16, 21 and 28 GB:
+
+python benchmarks/random_hub.py --parts flux2-klein z-image sd35-large pickscore --out /tmp/random_hub
 """
 
 import sys
@@ -17,7 +19,13 @@ from typing import Literal
 
 import torch
 import tyro
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -34,9 +42,10 @@ from transformers import (
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import bases  # noqa: E402
 from tiny_qwen import save_processor, token_ids  # noqa: E402
 
-from fdfo.config.train_options import SD35_MEDIUM  # noqa: E402
+from fdfo.config.train_options import KLEIN_4B, SD35_LARGE, SD35_MEDIUM, Z_IMAGE  # noqa: E402
 from fdfo.tiny.architecture import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
 from rewards.clip import CLIP_MODELS  # noqa: E402
 from rewards.vlm.judge import VLM_MODELS  # noqa: E402
@@ -60,8 +69,10 @@ class HubConfig:
 
     out: Path
     """folder to fill: HF_HOME of the commands that use it"""
-    parts: tuple[Literal["sd35", "clip", "vlm", "dreamsim"], ...] = ("sd35", "clip", "vlm", "dreamsim")
-    """what to make"""
+    parts: tuple[Literal["sd35", "clip", "vlm", "dreamsim", "pickscore", "sd35-large", "flux2-klein", "z-image"], ...] = (
+        "sd35", "clip", "vlm", "dreamsim",
+    )  # fmt: skip
+    """what to make; pickscore is two of the four models of clip: its own, and the one with its processor"""
     t5_layers: int = 24
     """layers of the T5 encoder; fewer make the folder smaller"""
     vlm: Literal["qwenvl-3b", "qwenvl-7b"] = "qwenvl-7b"
@@ -70,8 +81,18 @@ class HubConfig:
     """seed of the weights"""
 
 
-def save_sd35(folder: Path, t5_layers: int) -> None:
-    """Save a StableDiffusion3Pipeline of SD3.5 Medium's shapes, bfloat16."""
+MEDIUM = dict(
+    num_layers=24,
+    num_attention_heads=24,
+    caption_projection_dim=1536,
+    pos_embed_max_size=384,
+    dual_attention_layers=tuple(range(13)),
+)
+LARGE = dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192)
+
+
+def save_sd35(folder: Path, size: dict, t5_layers: int) -> None:
+    """Save a StableDiffusion3Pipeline of the shapes of SD3.5 Medium or Large, bfloat16."""
     clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
     clip.model_max_length, t5.model_max_length = 77, 512
     xxl = T5Config(
@@ -79,9 +100,8 @@ def save_sd35(folder: Path, t5_layers: int) -> None:
     )
     StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
-            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64, joint_attention_dim=4096,
+            pooled_projection_dim=2048, qk_norm="rms_norm", **size,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=AutoencoderKL(
@@ -96,6 +116,10 @@ def save_sd35(folder: Path, t5_layers: int) -> None:
         text_encoder_3=T5EncoderModel(xxl),
         tokenizer_3=t5,
     ).to(torch.bfloat16).save_pretrained(folder)  # fmt: skip
+
+
+def save_bfloat16(pipe: DiffusionPipeline, folder: Path) -> None:
+    pipe.to(torch.bfloat16).save_pretrained(folder)
 
 
 def save_clip(folder: Path, text: dict, vision: dict, projection: int) -> None:
@@ -138,11 +162,18 @@ def main(config: HubConfig) -> None:
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
     if "sd35" in config.parts:
-        put(SD35_MEDIUM, lambda folder: save_sd35(folder, config.t5_layers))
+        put(SD35_MEDIUM, lambda folder: save_sd35(folder, MEDIUM, config.t5_layers))
+    if "sd35-large" in config.parts:
+        put(SD35_LARGE, lambda folder: save_sd35(folder, LARGE, config.t5_layers))
+    if "flux2-klein" in config.parts:
+        put(KLEIN_4B, lambda folder: save_bfloat16(bases.build_klein(bases.KLEIN_4B, bases.QWEN3_4B, bases.KLEIN_VAE), folder))
+    if "z-image" in config.parts:
+        put(Z_IMAGE, lambda folder: save_bfloat16(bases.build_z_image(bases.Z_IMAGE, bases.QWEN3_4B, bases.FLUX_VAE), folder))
     if "clip" in config.parts:
         put(CLIP_MODELS["clip_l14"][0], lambda folder: save_clip(folder, CLIP_L_TEXT, CLIP_L_VISION, 768))
-        for name in ("clip_h14", "pickscore", "hpsv2"):
-            put(CLIP_MODELS[name][0], lambda folder: save_clip(folder, CLIP_H_TEXT, CLIP_H_VISION, 1024))
+    of_pickscore = ("clip_h14", "pickscore") if "pickscore" in config.parts else ()
+    for name in ("clip_h14", "pickscore", "hpsv2") if "clip" in config.parts else of_pickscore:
+        put(CLIP_MODELS[name][0], lambda folder: save_clip(folder, CLIP_H_TEXT, CLIP_H_VISION, 1024))
     if "vlm" in config.parts:
         put(VLM_MODELS[config.vlm], lambda folder: save_vlm(folder, config.vlm))
     if "dreamsim" in config.parts:

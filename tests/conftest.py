@@ -72,3 +72,14 @@ def torchrun(processes: int, *command: object, timeout: int = 240, restarts: int
 TINY_RUN = (
     "--preset", "tiny", "--total-pairs-per-epoch", 10, "--sample.num-solver-steps", 4, "--eval-prompts", 0,
 )  # fmt: skip
+FAMILIES = ("sd3", "klein", "z_image")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small model of every family: the bundled one, and random ones."""
+    from bases import save, tiny_klein, tiny_z_image
+
+    torch.manual_seed(0)
+    random = {"klein": tiny_klein, "z_image": tiny_z_image}
+    return {"sd3": "tiny"} | {name: str(save(build(), tmp_path_factory.mktemp(name) / name)) for name, build in random.items()}

@@ -34,7 +34,7 @@ def main(out: str, runs_dir: str, pairs: int, steps: int | None = None, branches
         run = prepare(job, dataclasses.replace(config, runs_dir=Path(runs_dir) / "probe"), FRESH)
         own, model = job.share(pairs), run.model
         prompts = epoch_prompts(run.prompts, 1, pairs, config.seed)[own.start : own.stop]
-        shape, sigmas = model.latent_shape(64), model.sigmas(8)
+        shape, sigmas = model.latent_shape(64), model.sigmas(8, 64)
         noise = [
             (
                 standard_normal(shape, config.seed, 1, pair, START),

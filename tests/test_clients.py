@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_foreign_lora import by_peft
 
-from fdfo.model.lora import lora_targets
+from fdfo.model.families.sd3 import StableDiffusion3
 from fdfo.run_folder.lora_file import SDNEXT_FILE, read_lora
 from fdfo.storage.foreign_lora import JOINT_LEAVES, translated
 from fdfo.storage.hub import LORA_FILE
@@ -47,7 +47,10 @@ def medium() -> SD3Transformer2DModel:
 @pytest.fixture(scope="module")
 def adapter(medium: SD3Transformer2DModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of its shapes, as the published ones lie on the hub."""
-    folder, targets = tmp_path_factory.mktemp("fdfo-combined-reward-cfg-4.5") / "epoch-0000100", lora_targets(medium)
+    folder, targets = (
+        tmp_path_factory.mktemp("fdfo-combined-reward-cfg-4.5") / "epoch-0000100",
+        StableDiffusion3.lora_targets(medium),
+    )
     folder.mkdir()
     LoraConfig(r=2, lora_alpha=4, target_modules=targets).save_pretrained(folder)
     torch.manual_seed(0)
@@ -127,7 +130,7 @@ def test_the_table_is_the_one_by_which_diffusers_converts_checkpoints(medium: SD
             modules = translated(f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}")
             assert len(modules) == len(weight)
             assert [converted[f"{module}.weight"].item() for module in modules] == weight.flatten().tolist()
-    for module in lora_targets(medium):
+    for module in StableDiffusion3.lora_targets(medium):
         name, third = comfyui_place(module)
         assert converted[f"{module}.weight"].item() == weights[name][third or 0].item()
 

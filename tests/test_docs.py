@@ -16,10 +16,12 @@ from fdfo.config.tool_options import MetricsConfig
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.method.trainer import train
+from fdfo.model.families.base import Family
+from fdfo.model.families.registry import FAMILIES
 from rewards.registry import build_scorer
 from rewards.scorer import check_prompts
 
-METHOD, REWARDS = ((ROOT / "docs" / name).read_text() for name in ("method.md", "rewards.md"))
+METHOD, REWARDS, BASES = ((ROOT / "docs" / name).read_text() for name in ("method.md", "rewards.md", "bases.md"))
 NAMED = sorted(set(re.findall(r"`([\w/]+)\.py: ([\w.]+)`", METHOD)))
 MODULES = ("compressibility", "classifier", "colour", "contrast")  # as the page names its code blocks
 SPECS = {"compressibility": "Compressibility", "classifier": "Classifier", "colour": "NamedColour"}
@@ -31,6 +33,15 @@ def test_the_method_page_names_functions_that_exist():
         found = importlib.import_module(module.replace("/", "."))
         for part in name.split("."):
             found = getattr(found, part)
+
+
+def test_the_page_of_bases_names_all_of_the_interface():
+    part = BASES.partition("A family gives")[2].partition("Three that are not built")[0]
+    named = set(re.findall(r"^\| (.*?) \|", part, re.MULTILINE)) - {"part", "---"}
+    named = {name for cell in named for name in re.findall(r"`(\w+)`", cell)}
+    assert named <= set(vars(Family)) | set(Family.__annotations__) and len(named) > 12
+    for kind, name in re.findall(r"`(StableDiffusion3|Flux2Klein|ZImage)\.(\w+)`", BASES):
+        assert any(name in vars(family) for family in FAMILIES.values() if family.__name__ == kind)
 
 
 @pytest.fixture
@@ -80,10 +91,11 @@ def test_the_judge_of_the_page_trains(page: Path, job: Job, tmp_path: Path):
 
 
 def test_the_pages_name_flags_that_exist():
-    flags = {flag for text in (METHOD, REWARDS) for flag in re.findall(r"--([a-z][\w.-]*[a-z])", text)}
+    flags = {flag for text in (METHOD, REWARDS, BASES) for flag in re.findall(r"--([a-z][\w.-]*[a-z])", text)}
     known = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
     metrics = {name.replace("_", "-") for name in MetricsConfig.__dataclass_fields__}
-    assert {flag.partition(".")[0] for flag in flags} <= known | metrics
+    own = {flag.partition(".")[0].removeprefix("no-") for flag in flags} - {"nproc_per_node"}
+    assert own <= known | metrics
 
 
 def test_the_offloaded_classifier_scores_alike(page: Path, job: Job):

@@ -24,9 +24,9 @@ from fdfo.config.tool_options import GenerateConfig
 from fdfo.config.train_options import SD35_MEDIUM, OptimConfig, SampleConfig, TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.method.trainer import train
+from fdfo.model.families.sd3 import LORA_TARGETS, StableDiffusion3
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.images import draw_images, encode_for_images, load_for_images
-from fdfo.model.lora import LORA_TARGETS
 from fdfo.run_folder.find_checkpoint import CARD, STATE, find_checkpoint, read_state, saved_config
 from fdfo.run_folder.lora_file import read_lora
 from fdfo.run_folder.model_card import Origin, model_card
@@ -168,7 +168,7 @@ def test_the_code_in_a_card_draws(run: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_card_of_stable_diffusion():
     config = dataclasses.replace(TrainConfig(), prompt_set="/home/me/prompts.txt", runs_dir=Path("/home/me/runs"))
-    text = model_card(Origin(SD35_MEDIUM, config, True, 4.5, 100), merged=False)
+    text = model_card(Origin(StableDiffusion3, SD35_MEDIUM, config, True, 4.5, 100), merged=False)
     data = ModelCard(text).data.to_dict()
     assert (data["base_model"], data["library_name"], data["license"]) == (SD35_MEDIUM, "diffusers", "other")
     assert data["license_name"] == "stabilityai-ai-community" and data["license_link"].endswith("LICENSE.md")
@@ -178,7 +178,7 @@ def test_the_card_of_stable_diffusion():
                  f"torch {version('torch')}", "| prompts.txt |"):  # fmt: skip
         assert part in text
     assert "/home/me" not in text
-    merged = model_card(Origin(SD35_MEDIUM, config, True, 4.5, 100), merged=True)
+    merged = model_card(Origin(StableDiffusion3, SD35_MEDIUM, config, True, 4.5, 100), merged=True)
     assert "load_lora_weights" not in merged and ModelCard(merged).data.to_dict()["base_model_relation"] == "finetune"
 
 

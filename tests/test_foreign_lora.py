@@ -22,8 +22,8 @@ from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
 from fdfo.method.evaluate import draw_held_out, image_noise
 from fdfo.method.prepare import prepare
+from fdfo.model.families.sd3 import LORA_TARGETS
 from fdfo.model.images import quantised
-from fdfo.model.lora import LORA_TARGETS, lora_targets
 from fdfo.run_folder.find_checkpoint import find_checkpoint, read_config
 from fdfo.run_folder.start import find_start, with_lora_of
 from fdfo.storage.adapters import read_lora_adapter
@@ -136,7 +136,7 @@ def test_a_run_starts_with_the_images_of_the_lora(tmp_path: Path, kind, rank: in
     assert (config.lora_rank, config.lora_alpha) == (rank, alpha) and not start.resumed
     assert len(read_lora_adapter(start.checkpoint.adapter).modules) == layers
     run = prepare(JOB, config, start)
-    assert len(run.model.trainable()) == 2 * len(lora_targets(stock().transformer))
+    assert len(run.model.trainable()) == 2 * len(run.model.lora_targets)
     ours, _ = draw_held_out(run.model, config, run.plan, run.held_out, lambda start: None)
     latents = torch.stack([image_noise((16, 8, 8), prompt, 0) for prompt in range(2)])
 

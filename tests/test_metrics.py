@@ -20,8 +20,6 @@ from fdfo.evaluation.statistics import prompt_means, summarise
 from fdfo.method.trainer import train
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.images import draw_images, encode_for_images
-from fdfo.model.lora import lora_targets
-from fdfo.model.text import IMAGE_TEXT_LENGTH, text_length
 from fdfo.run_folder.find_checkpoint import find_checkpoint, trained_guidance
 from fdfo.storage.prompts import choose_prompts, load_prompts
 from rewards.registry import build_scorers
@@ -97,7 +95,7 @@ def test_pictures_are_those_of_the_stock_pipeline(tiny: FlowModel, guidance: flo
     stock = tiny.pipe(
         prompt=[CAPTIONS[0], CAPTIONS[0], CAPTIONS[1]], width=64, height=64, num_inference_steps=4, guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt",
-        max_sequence_length=text_length(tiny.pipe, IMAGE_TEXT_LENGTH),
+        max_sequence_length=tiny.family.text_length(tiny.family.image_text),
     ).images  # fmt: skip
     text = encode_for_images(tiny, CAPTIONS)
     tiny.drop_text_encoders()
@@ -115,7 +113,7 @@ def test_an_adapter_leaves_no_trace(tiny: FlowModel, run_folder: Path):
     folders = [run_folder / "checkpoints" / f"epoch-000000{epoch}" for epoch in (1, 2)]
     for folder in folders:
         tiny.load_adapter(folder)
-        assert len(tiny.trainable()) == 2 * len(lora_targets(tiny.pipe.transformer))
+        assert len(tiny.trainable()) == 2 * len(tiny.lora_targets)
     tiny.remove_adapter()
     assert torch.equal(draw(), base) and not tiny.trainable()
 

@@ -17,10 +17,9 @@ from fdfo.config.options import to_json
 from fdfo.config.plan import ImageSettings
 from fdfo.config.train_options import TrainConfig
 from fdfo.method.learner import Learner
+from fdfo.model.families.sd3 import LORA_TARGETS, StableDiffusion3
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.images import draw_images, encode_for_images
-from fdfo.model.lora import LORA_TARGETS, lora_targets
-from fdfo.model.text import text_length
 from fdfo.run_folder.save_checkpoint import save_checkpoint
 
 CPU = torch.device("cpu")
@@ -36,9 +35,9 @@ def test_lora_of_sd35_medium_has_191_modules():
         transformer = SD3Transformer2DModel(**SD35_MEDIUM_TRANSFORMER)
         model = FlowModel.__new__(FlowModel)  # the wrapper around a transformer of the true size, without weights
         model.name, model.peft = "SD3.5 Medium", None
-        model.pipe = type("Pipe", (), {"transformer": transformer})()
+        model.family = StableDiffusion3(type("Pipe", (), {"transformer": transformer})())
         model.add_lora(32, 64, 0)
-    assert len(lora_targets(model.pipe.transformer)) == 191
+    assert len(model.lora_targets) == 191
     assert sum(p.numel() for p in model.trainable()) == 18_776_064
     names = [name for name, _ in model.named_trainable()]
     assert not any("attn2" in name or "23.attn.to_add_out" in name for name in names)
@@ -83,7 +82,7 @@ def test_decode_is_the_pipelines_decode(tiny):
 
 
 def test_text_is_padded_to_the_trained_length(tiny):
-    assert text_length(tiny.pipe, 128) == text_length(tiny.pipe, 256) == 16
+    assert tiny.family.text_length(128) == tiny.family.text_length(256) == 16
     assert tiny.encode(["a red circle on a white background"]).tokens.shape == (1, 32, 96)
 
 

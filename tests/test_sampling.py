@@ -7,7 +7,6 @@ import torch
 
 from fdfo.method.rollout import standard_normal
 from fdfo.method.sampling import churn_step, interval_gammas, prior_gammas, raw_gammas, sample_pairs
-from fdfo.model.text import text_length
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.1, 0.0])
 
@@ -111,7 +110,7 @@ def test_without_churn_it_is_diffusers_pipeline(tiny, guidance: float):
         num_inference_steps=6,
         height=64,
         width=64,
-        max_sequence_length=text_length(tiny.pipe, 128),
+        max_sequence_length=tiny.family.text_length(128),
         output_type="latent",
     ).images
     text, empty = tiny.encode(prompts), tiny.encode([""])
@@ -120,7 +119,7 @@ def test_without_churn_it_is_diffusers_pipeline(tiny, guidance: float):
         final = sample_pairs(
             lambda x, sigma: tiny.velocity(x, torch.full((4,), sigma), text, empty, guidance),
             x_init,
-            tiny.sigmas(6),
+            tiny.sigmas(6, 64),
             torch.zeros(2, 7),
             lambda step: torch.zeros(4, *shape),
             lambda step, x, v: None,

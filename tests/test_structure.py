@@ -1,6 +1,7 @@
 """A folder imports only folders below it, and no folder is crowded."""
 
 import ast
+import re
 
 from conftest import ROOT
 
@@ -25,15 +26,23 @@ def imported(path) -> set[str]:
 
 def test_folders_import_only_folders_below_them():
     floor = {name: i for i, names in enumerate(FOLDERS) for name in names}
-    files = [path for where in ("*.py", "fdfo/*/*.py", "rewards/**/*.py", "benchmarks/*.py") for path in ROOT.glob(where)]
+    files = [path for where in ("*.py", "fdfo/**/*.py", "rewards/**/*.py", "benchmarks/*.py") for path in ROOT.glob(where)]
     for path in files:
         own = place(path)
         wrong = {name for name in imported(path) - {own} if floor[name] <= floor[own]}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which do not stand below {own}"
 
 
+def test_families_are_known_by_name_in_their_folder_alone():
+    """Hub ids and presets are data of fdfo/config; foreign_lora.py translates what others call the layers of SD3."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("fdfo/**/*.py"), *ROOT.glob("rewards/*.py")):
+        if path.parent.name not in ("families", "config", "tiny", "storage"):
+            found = re.search(r"(?i)klein|z_?image|StableDiffusion3|flux", path.read_text())
+            assert not found, f"{path.relative_to(ROOT)} names a family: {found}"
+
+
 def test_no_folder_is_crowded():
-    for folder in [*(ROOT / "fdfo").iterdir(), ROOT / "rewards", ROOT / "rewards" / "vlm"]:
+    for folder in [path for top in ("fdfo", "rewards") for path in (ROOT / top).rglob("*") if path.is_dir()] + [ROOT / "rewards"]:
         files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert len(files) <= (9 if folder.name == "rewards" else 8), f"{folder.name} has {len(files)} files: {files}"
 

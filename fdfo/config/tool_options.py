@@ -8,6 +8,8 @@ from pydantic import Field
 
 from fdfo.config.options import Count, Name, Options, Text
 
+BasePreset = Literal["sd35-medium", "sd35-large", "flux2-klein", "z-image", "tiny"]
+
 
 @dataclass(frozen=True)
 class GenerateConfig(Options):
@@ -17,7 +19,7 @@ class GenerateConfig(Options):
     """image file to write (.jpg or .png)"""
     checkpoint: Text | None = None
     """checkpoint folder, run folder, hub URL or hf:OWNER/NAME/FOLDER; the base model if left out"""
-    preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
+    preset: BasePreset = "sd35-medium"
     """base model and image settings, unless the checkpoint's run or a flag gives them"""
     pretrained_model: Name | None = None
     """hub id or folder of the base model, or tiny"""
@@ -38,7 +40,7 @@ class GenerateConfig(Options):
     height: Count | None = None
     """height of an image, pixels (512)"""
     num_inference_steps: Count | None = None
-    """solver steps (40)"""
+    """solver steps (40; 10 for flux2-klein and z-image)"""
     guidance_scale: Annotated[float | None, Field(ge=1)] = None
     """classifier-free guidance (1.0, or what the checkpoint was trained with)"""
     batch_size: Count = 4
@@ -55,7 +57,7 @@ class MetricsConfig(Options):
     checkpoint: tuple[Text, ...] = ()
     """one or more of: checkpoint folder, run folder (all its checkpoints), hub URL, hf:OWNER/NAME/FOLDER, or the word base; the base
     model if left out"""
-    preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
+    preset: BasePreset = "sd35-medium"
     """base model and image settings, unless the checkpoint's run or a flag gives them"""
     pretrained_model: Name | None = None
     """hub id or folder of the base model, or tiny"""
@@ -88,7 +90,7 @@ class MetricsConfig(Options):
     height: Count | None = None
     """height of an image, pixels (512)"""
     num_inference_steps: Count | None = None
-    """solver steps (40)"""
+    """solver steps (40; 10 for flux2-klein and z-image)"""
     guidance_scale: Annotated[float | None, Field(ge=1)] = None
     """classifier-free guidance (1.0, or what the checkpoint was trained with)"""
     batch_size: Count = 4
@@ -114,7 +116,7 @@ class ExportConfig(Options):
     """new folder for the whole pipeline with the LoRA merged in, and its model card"""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """with --merge: type of the pipeline's weights; by default fp32 for a run in fp32, else bf16"""
-    preset: Literal["sd35-medium", "tiny"] = "sd35-medium"
+    preset: BasePreset = "sd35-medium"
     """base model, unless the checkpoint's run or a flag gives it"""
     pretrained_model: Name | None = None
     """hub id or folder of the base model, or tiny"""

@@ -9,6 +9,10 @@ from pydantic import Field
 from fdfo.config.options import CHANGEABLE, FREE, Count, Name, NotNegative, Options, Positive, Text
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+SD35_LARGE = "stabilityai/stable-diffusion-3.5-large"
+KLEIN_4B = "black-forest-labs/FLUX.2-klein-base-4B"
+KLEIN_9B = "black-forest-labs/FLUX.2-klein-base-9B"
+Z_IMAGE = "Tongyi-MAI/Z-Image"
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,13 @@ class ChurnConfig(Options):
 class TrainConfig(Options):
     """Train a LoRA of a text-to-image flow model with a reward, by Finite Difference Flow Optimization."""
 
-    preset: Literal["sd35-medium", "sd35-medium-fast", "sd35-medium-24gb", "tiny"] = "sd35-medium"
+    preset: Literal["sd35-medium", "sd35-medium-fast", "sd35-medium-24gb", "sd35-large", "flux2-klein", "z-image", "tiny"] = (
+        "sd35-medium"
+    )
     """set of defaults: sd35-medium, as published; sd35-medium-fast, which trains on a subset of each epoch's samples;
-    sd35-medium-24gb, the same for one GPU of 24 GB, with a smaller judge; tiny, a small bundled model that needs no download and no GPU"""
+    sd35-medium-24gb, the same for one GPU of 24 GB, with a smaller judge; tiny, a small bundled model that needs no download and no
+    GPU. Other base models, whose learning rate, clip range and churn are untried on real weights: flux2-klein (4B) for 24 GB, z-image
+    and sd35-large for 48 GB"""
     sample: SampleConfig = SampleConfig()
     train: OptimConfig = OptimConfig()
     churn: ChurnConfig = ChurnConfig()
@@ -116,7 +124,8 @@ class TrainConfig(Options):
     offload_trajectories: Annotated[bool, FREE] = False
     """keep the trajectories of an epoch in host memory"""
     pretrained_model: Name = SD35_MEDIUM
-    """hub id or folder of the StableDiffusion3Pipeline to train, or tiny for the bundled one"""
+    """hub id or folder of the pipeline to train (Stable Diffusion 3, FLUX.2-klein or Z-Image: docs/bases.md), or tiny for the bundled
+    one"""
     prompt_set: Name = "pickscore_train"
     """name in prompt_sets/, or a text file with one prompt per line"""
     total_pairs_per_epoch: Count = 432
@@ -146,7 +155,7 @@ class TrainConfig(Options):
     log_wandb: Annotated[bool, FREE] = False
     """also log to Weights & Biases"""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """compute type of the transformer and the decoder"""
+    """compute type of the transformer and the decoder; fp16 overflows in FLUX.2-klein and Z-Image, which need bf16"""
     compile: Annotated[bool, FREE] = True
     """compile the transformer's blocks and the decoder before the first epoch (on a GPU)"""
     eval_every: Annotated[Count, FREE] = 10

@@ -42,7 +42,8 @@ def export(config: ExportConfig) -> None:
     from fdfo.storage.hub import LORA_FILE
 
     checkpoint = find_checkpoint(config.checkpoint)
-    origin, lora, out = find_origin(config, checkpoint), read_lora(checkpoint.adapter), config.merge or config.lora
+    lora, out = read_lora(checkpoint.adapter), config.merge or config.lora
+    origin = find_origin(config, checkpoint, lora)
     with new_folder(out) as folder:
         if config.merge is not None:
             write_pipeline(folder, config, origin, lora)
@@ -56,28 +57,34 @@ def export(config: ExportConfig) -> None:
     print(f"{checkpoint.label}: {out}", flush=True)
 
 
-def find_origin(config: ExportConfig, checkpoint: "Checkpoint") -> "Origin":
-    """Return what is known of the adapter, from its run's config, else from its folder's name and the flags."""
+def find_origin(config: ExportConfig, checkpoint: "Checkpoint", lora: "Lora") -> "Origin":
+    """Return what is known of the adapter: from its run's config, else from its folder's name and the flags."""
+    from fdfo.model.families.registry import FAMILIES, family_of_layers
     from fdfo.run_folder.find_checkpoint import CHECKPOINT_NAME, epochs_and_steps, saved_config, trained_guidance
     from fdfo.run_folder.model_card import Origin
 
     saved = saved_config(checkpoint)
     settings = saved or PRESETS[config.preset]
     base = config.pretrained_model or settings.pretrained_model
+    family = family_of_layers(lora)
+    if family is None or any(base in other.licences for other in FAMILIES.values() if other is not family):
+        raise UserError(f"{config.checkpoint} does not fit {base}: name its own base model with --preset or --pretrained-model.")
     named = CHECKPOINT_NAME.fullmatch(checkpoint.folder.name)
     epochs, steps = epochs_and_steps(checkpoint.folder) if named else (None, 0)
-    return Origin(base, settings, saved is not None, trained_guidance(checkpoint), epochs, steps)
+    return Origin(family, base, settings, saved is not None, trained_guidance(checkpoint), epochs, steps)
 
 
 def write_pipeline(folder: Path, config: ExportConfig, origin: "Origin", lora: "Lora") -> None:
     """Write the whole pipeline, with the LoRA merged into its transformer."""
     from fdfo.model.adapted_pipeline import COMPUTE_TYPES
+    from fdfo.model.families.registry import check_same_family, load_family
     from fdfo.run_folder.lora_file import merge_lora
     from fdfo.run_folder.model_card import public_name
-    from fdfo.storage.hub import load_pipeline
 
     default = "fp32" if origin.settings.precision == "fp32" else "bf16"
-    pipe = load_pipeline(origin.base, COMPUTE_TYPES[config.dtype or default])
+    family = load_family(origin.base, COMPUTE_TYPES[config.dtype or default])
+    check_same_family(family, lora, config.checkpoint, origin.base)
+    pipe = family.pipe
     merge_lora(pipe, lora, config.checkpoint)
     for part in (pipe, pipe.transformer, pipe.vae):
         part.register_to_config(_name_or_path=public_name(origin.base))  # not the path of a folder on this machine

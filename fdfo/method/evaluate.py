@@ -35,18 +35,20 @@ def draw_held_out(
     They are sampled with the micro-batches, text length and compiled blocks of training. The noise of an image depends on its
     prompt's number and its repeat alone.
     """
-    sigmas, shape = model.sigmas(config.sample.num_solver_steps), model.latent_shape(config.sample.resolution)
+    sigmas = model.sigmas(config.sample.num_solver_steps, config.sample.resolution)
+    shape = model.latent_shape(config.sample.resolution)
     places = [(row, repeat) for row in range(len(held_out.own)) for repeat in range(held_out.repeats)]
     empty, images, finite = None if held_out.empty is None else held_out.empty.to(model.device), [], []
-    for start in range(0, len(places), 2 * plan.sample_batch):
-        before_batch(start)
-        batch = places[start : start + 2 * plan.sample_batch]
-        text = held_out.text.rows([row for row, _ in batch]).to(model.device)
-        noise = torch.stack([image_noise(shape, held_out.own[row], repeat) for row, repeat in batch]).to(model.device)
-        velocity = model.velocity_at(text, empty, config.sample.guidance_scale)
-        decoded = model.decode(sample_flow(velocity, noise, sigmas))  # [n, 3, H, W]
-        images.append(quantised(decoded))
-        finite.append(finite_rows(decoded).cpu())
+    with model.together():
+        for start in range(0, len(places), 2 * plan.sample_batch):
+            before_batch(start)
+            batch = places[start : start + 2 * plan.sample_batch]
+            text = held_out.text.rows([row for row, _ in batch]).to(model.device)
+            noise = torch.stack([image_noise(shape, held_out.own[row], repeat) for row, repeat in batch]).to(model.device)
+            velocity = model.velocity_at(text, empty, config.sample.guidance_scale)
+            decoded = model.decode(sample_flow(velocity, noise, sigmas))  # [n, 3, H, W]
+            images.append(quantised(decoded))
+            finite.append(finite_rows(decoded).cpu())
     return torch.cat(images), torch.cat(finite)
 
 

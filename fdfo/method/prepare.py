@@ -12,6 +12,7 @@ from fdfo.config.presets import judged_by_people
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.distributed.launch import check_device
+from fdfo.distributed.sharding import needs_sharding
 from fdfo.evaluation.health import Health
 from fdfo.evaluation.heldout import HeldOut, PromptSplit, prepare_held_out, split_prompts
 from fdfo.evaluation.statistics import REWARD
@@ -156,6 +157,10 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
     """Load the base model onto its device, with a fresh LoRA or the checkpoint's. Raises UserError if they do not fit."""
     model = FlowModel(config.pretrained_model, config.precision, job.device)
     model.latent_shape(config.sample.resolution)
+    if model.family.distilled(model.name):
+        job.print(
+            f"warning: {model.name} is distilled to few steps; reinforcement blurs what such models draw: train the base model instead"
+        )
     if checkpoint is None:
         model.add_lora(config.lora_rank, config.lora_alpha, config.seed)
     else:
@@ -168,6 +173,11 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
             )
         if warning := guidance_warning(checkpoint, config.sample.guidance_scale, "--sample.guidance-scale"):
             job.print(warning)
+    if needs_sharding(job, [part for part in model.pipe.components.values() if isinstance(part, torch.nn.Module)]):
+        model.shard(job)
+        job.print(
+            f"the transformer is spread over {job.world_size} processes, since one GPU cannot hold it; its blocks are recomputed"
+        )
     model.to_device(text_encoders=not config.memory_efficient)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
@@ -175,8 +185,12 @@ def load_model(job: Job, config: TrainConfig, checkpoint: Checkpoint | None) -> 
 
 
 def accelerate(job: Job, config: TrainConfig, plan: BatchPlan, model: FlowModel) -> float | None:
-    """Make the model fast; return the seconds that compiling took. If compiling fails on a rank, warn and leave that rank eager."""
-    rows = plan.train_batch if config.compile and job.device.type == "cuda" else None
+    """Make the model fast; return the seconds that compiling took. If compiling fails on a rank, warn and leave that rank eager.
+
+    A transformer that is spread over the job stays eager.
+    """
+    compiled = config.compile and job.device.type == "cuda" and model.lockstep is None
+    rows = plan.train_batch if compiled else None
     start = time.perf_counter()
     try:
         failure = model.accelerate(rows, config.sample.resolution)

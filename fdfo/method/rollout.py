@@ -120,18 +120,20 @@ def sample_share(
     storage = trajectory_storage(config, model.device)
     xs = torch.empty(len(samples.step), *shape, device=storage, dtype=model.compute_type)  # [S, C, H, W]
     rollout = Rollout(share, samples, xs, torch.empty_like(xs), torch.empty(2 * len(pairs), *shape, device=model.device))
-    for start in range(0, len(pairs), plan.sample_batch):
-        before_batch(start)
-        batch = range(start, min(start + plan.sample_batch, len(pairs)))
-        sample_batch(model, config, rollout, batch)
-        after_batch(rollout, batch)
+    with model.together():
+        for start in range(0, len(pairs), plan.sample_batch):
+            before_batch(start)
+            batch = range(start, min(start + plan.sample_batch, len(pairs)))
+            sample_batch(model, config, rollout, batch)
+            after_batch(rollout, batch)
     return rollout
 
 
 def sample_batch(model: FlowModel, config: TrainConfig, rollout: Rollout, batch: range) -> None:
     """Sample some of the rank's pairs, by their numbers on this rank, into the rollout."""
     share, seed, epoch = rollout.share, config.seed, rollout.share.epoch
-    pairs, sigmas = share.pairs[batch.start : batch.stop], model.sigmas(config.sample.num_solver_steps)
+    pairs = share.pairs[batch.start : batch.stop]
+    sigmas = model.sigmas(config.sample.num_solver_steps, config.sample.resolution)
     shape, rows = rollout.final.shape[1:], slice(2 * batch.start, 2 * batch.stop)
     index = torch.arange(batch.start, batch.stop, device=model.device).repeat_interleave(2)
     kept = KeptSamples(rollout, batch)

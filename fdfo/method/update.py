@@ -77,7 +77,8 @@ def optimizer_step(
     while True:
         optimizer.zero_grad()
         scale = learner.scale.value
-        sums, ratio = accumulate_gradient(data, samples, scale, asked)
+        with data.model.together():
+            sums, ratio = accumulate_gradient(data, samples, scale, asked)
         reduce_gradient(job, parameters, scale)
         ratio_first = farthest_ratio(job.gather_objects(ratio))
         sums = job.sum(sums.to(job.device)).cpu()
@@ -106,8 +107,8 @@ def accumulate_gradient(
     from 1. Ends early if a loss or a scaled gradient is not finite, or if asked, which is called before every micro-batch with
     the number of samples done, returns True. Dropped pairs count as ratio 1.
     """
-    model, clip_range = data.model, data.config.train.clip_range
-    sigmas = model.sigmas(data.config.sample.num_solver_steps).to(model.device)
+    model, sample, clip_range = data.model, data.config.sample, data.config.train.clip_range
+    sigmas = model.sigmas(sample.num_solver_steps, sample.resolution).to(model.device)
     sums, farthest, previous = torch.zeros(5, dtype=torch.float64), [torch.ones(1, device=model.device)], None
     for start in range(0, len(samples.own), data.plan.train_batch):
         if asked(start):
@@ -138,12 +139,13 @@ def micro_batch_loss(data: EpochData, sigmas: torch.Tensor, batch: torch.Tensor)
     x, v_ref = rollout.latents(batch)  # [N, C, H, W]
     row, step, weight = (of[batch].to(model.device) for of in (samples.trajectory, samples.step, samples.weight))
     given = (rollout.share.text.rows(row // 2), rollout.share.empty, config.sample.guidance_scale)
+    if config.train.kl_weight > 0:  # first, so that the backward of v follows its forward
+        with torch.no_grad(), model.base():
+            v_base = model.velocity(x, sigmas[step], *given)
     v = model.velocity(x, sigmas[step], *given)
     loss, ratio = surrogate_loss(v, v_ref, differences.dx[row], differences.dR[row], config.train.clip_range)
     kept = ~differences.dropped[row]
     if config.train.kl_weight > 0:
-        with torch.no_grad(), model.base():
-            v_base = model.velocity(x, sigmas[step], *given)
         distance = (v.float() - v_base.float()).square().mean((1, 2, 3))
         loss = loss + config.train.kl_weight * kept * distance
     return weight * loss, torch.where(kept, ratio.detach(), torch.ones_like(ratio))

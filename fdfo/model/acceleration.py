@@ -48,24 +48,26 @@ def checkpointing(device: torch.device) -> Callable[..., object]:
     return run
 
 
-def compile_blocks(blocks: list[nn.Module]) -> None:
+def compile_blocks(blocks: list[tuple[nn.Module, bool]]) -> None:
     """Compile each block by itself: blocks of one kind share their code, so three or four sets of kernels serve all.
+
+    blocks: each with whether its kernels must serve inputs of any size.
 
     Without Inductor's deterministic mode, reduction kernels are chosen by timing, so two processes, or two starts, may round
     differently. PyTorch 2.9 has no such mode.
     """
     torch._dynamo.config.recompile_limit = 64  # kinds of block x adapter on and off
     options = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else None
-    for block in blocks:
-        block.compile(dynamic=False, options=options)
+    for block, dynamic in blocks:
+        block.compile(dynamic=dynamic, options=options)
 
 
-def uncompile_blocks(blocks: list[nn.Module]) -> None:
-    for block in blocks:
+def uncompile_blocks(blocks: list[tuple[nn.Module, bool]]) -> None:
+    for block, _ in blocks:
         block._compiled_call_impl = None
 
 
-def try_compiled(blocks: list[nn.Module], warm_up: Callable[[], None]) -> str | None:
+def try_compiled(blocks: list[tuple[nn.Module, bool]], warm_up: Callable[[], None]) -> str | None:
     """Compile the blocks and run warm_up; if that fails, leave the blocks eager and return the reason."""
     compile_blocks(blocks)
     try:

@@ -1,17 +1,18 @@
-"""A frozen StableDiffusion3Pipeline on one device, with a LoRA on its transformer (docs/method.md 4)."""
+"""A frozen pipeline on one device, with a LoRA on its transformer (docs/method.md 4)."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
 from fdfo.distributed.launch import check_device
 from fdfo.model.acceleration import PinnedWeights
-from fdfo.model.lora import attach_lora, completed, fill_lora, lora_targets
+from fdfo.model.families.registry import check_same_family, find_family, load_family
+from fdfo.model.lora import attach_lora, completed, fill_lora
 from fdfo.storage.adapters import read_lora_adapter
-from fdfo.storage.hub import load_pipeline
 
 COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -22,19 +23,29 @@ class AdaptedPipeline:
     def __init__(self, name: str, precision: str, device: torch.device):
         """Load the pipeline from a hub id or a folder, frozen: float32 for precision fp32, else bfloat16 (docs/method.md 4).
 
-        Raises UserError if it cannot be loaded, or if a half precision is asked for without a GPU.
+        Raises UserError if it cannot be loaded, if a half precision is asked for without a GPU, or float16 of a model that overflows.
         """
         check_device(precision, device)
         self.name, self.precision, self.device = name, precision, device
         self.compute_type = COMPUTE_TYPES[precision]
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        self.pipe = load_pipeline(name, self.dtype)
+        find_family(name).check_precision(precision, name)
+        self.family = load_family(name, self.dtype)
         self.pipe.set_progress_bar_config(disable=True)
         for module in self._modules():
             module.requires_grad_(False).eval()
         self.pipe.vae.to(memory_format=torch.channels_last)
         self.peft = None
         self.waiting_text: PinnedWeights | None = None
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        return self.family.pipe
+
+    @property
+    def lora_targets(self) -> list[str]:
+        """Full names of the linear layers that have a LoRA."""
+        return self.family.lora_targets(self.pipe.transformer)
 
     def _modules(self) -> list[torch.nn.Module]:
         return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -45,9 +56,9 @@ class AdaptedPipeline:
         """Add a fresh float32 LoRA (docs/method.md 4): Gaussian A from the seed, B = 0."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            targets = lora_targets(self.pipe.transformer)
+            targets = self.lora_targets
             config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-            self.peft = attach_lora(self.pipe.transformer, config, self.name)
+            self.peft = attach_lora(self.pipe.transformer, targets, config, self.name)
 
     def load_adapter(self, source: Path, seed: int | None = None) -> None:
         """Load the adapter in a folder of PEFT's, or in the LoRA file of another program, in place of any other.
@@ -56,13 +67,14 @@ class AdaptedPipeline:
         UserError if it does not fit this transformer.
         """
         adapter = read_lora_adapter(source)
+        check_same_family(self.family, adapter.modules, source, self.name)
         self.remove_adapter()
-        config, fresh = adapter.config, set()
+        config, fresh, targets = adapter.config, set(), self.lora_targets
         if seed is not None:
-            config, fresh = completed(self.pipe.transformer, adapter, source)
+            config, fresh = completed(self.pipe.transformer, targets, adapter, source)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
-            self.peft = attach_lora(self.pipe.transformer, config, self.name)
+            self.peft = attach_lora(self.pipe.transformer, targets, config, self.name)
         fill_lora(self.peft, adapter.tensors, fresh, source, self.name)
 
     def remove_adapter(self) -> None:
@@ -129,7 +141,7 @@ class AdaptedPipeline:
             self.waiting_text = PinnedWeights(stay, self.device)
 
     def _text_encoders(self) -> list[torch.nn.Module]:
-        return [self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3]
+        return [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
 
     @contextlib.contextmanager
     def text_encoders_loaded(self) -> Iterator[None]:
@@ -139,4 +151,4 @@ class AdaptedPipeline:
 
     def drop_text_encoders(self) -> None:
         """Free their memory once every prompt is encoded."""
-        self.pipe.register_modules(text_encoder=None, text_encoder_2=None, text_encoder_3=None)
+        self.pipe.register_modules(**{name: None for name in self.pipe.components if name.startswith("text_encoder")})

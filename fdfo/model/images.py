@@ -13,7 +13,7 @@ import torch
 from fdfo.config.errors import UserError
 from fdfo.config.plan import ImagePlan, ImageSettings
 from fdfo.model.flow_model import FlowModel
-from fdfo.model.text import IMAGE_TEXT_LENGTH, TextEmbeddings
+from fdfo.model.text import TextEmbeddings
 
 
 def quantised(images: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def check_sides(model: FlowModel, settings: ImageSettings) -> None:
 
 def encode_for_images(model: FlowModel, prompts: Sequence[str]) -> ImageText:
     """Encode the prompts as the pipeline itself does, and keep them on the CPU: 2.7 MB per prompt for SD3.5 in bfloat16."""
-    prompts, empty = (model.encode(texts, IMAGE_TEXT_LENGTH).to(torch.device("cpu")) for texts in (prompts, [""]))
+    prompts, empty = (model.encode(texts, model.family.image_text).to(torch.device("cpu")) for texts in (prompts, [""]))
     return ImageText(prompts, empty)
 
 
@@ -84,16 +84,12 @@ def draw_images(
     """
     for i in range(0, len(rows), settings.batch_size):
         batch = text.prompts.rows(list(rows[i : i + settings.batch_size])).to(model.device)
-        empty = text.empty.rows([0] * len(batch.tokens)).to(model.device)
+        empty = text.empty.rows([0] * len(batch)).to(model.device)
         images = model.pipe(
-            prompt_embeds=batch.tokens,
-            pooled_prompt_embeds=batch.pooled,
-            negative_prompt_embeds=empty.tokens,
-            negative_pooled_prompt_embeds=empty.pooled,
+            **model.family.drawing(batch, empty, settings),
             width=settings.width,
             height=settings.height,
             num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[i : i + settings.batch_size]],
             output_type="pt",
         ).images  # [n, 3, H, W]

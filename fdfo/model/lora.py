@@ -1,33 +1,25 @@
-"""A LoRA on an SD3 transformer: which modules it binds to, and that it binds to exactly those (docs/method.md 4)."""
+"""A LoRA on the transformer: that it binds to exactly the layers that the family names (docs/method.md 4)."""
 
 import dataclasses
 import re
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import nn
 
 from fdfo.config.errors import UserError
 from fdfo.storage.adapters import Adapter
 
-BLOCK_NUMBER, SHOWN_KINDS = re.compile(r"(?<=blocks[._])\d+"), 12
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+BLOCK_NUMBER, SHOWN_KINDS = re.compile(r"(?:(?<=blocks[._])|(?<=layers[._])|(?<=refiner[._]))\d+"), 12
 
 
-def lora_targets(transformer: SD3Transformer2DModel) -> list[str]:
-    """Return full names of the joint attention's linear layers; the last block has no to_add_out, attn2 is not adapted."""
-    blocks = range(transformer.config.num_layers)
-    names = [f"transformer_blocks.{block}.attn.{target}" for block in blocks for target in LORA_TARGETS]
-    return names[:-1]
-
-
-def completed(transformer: SD3Transformer2DModel, adapter: Adapter, source: Path) -> tuple[LoraConfig, set[str]]:
-    """Return the settings that bind an adapter to all lora_targets, and which of them it leaves out: those start with B = 0.
+def completed(transformer: nn.Module, targets: list[str], adapter: Adapter, source: Path) -> tuple[LoraConfig, set[str]]:
+    """Return the settings that bind an adapter to all targets, and which of them it leaves out: those start with B = 0.
 
     Raises UserError, naming them, if it has layers that are not trained.
     """
-    targets, names = lora_targets(transformer), [name for name, _ in transformer.named_modules()]
+    names = [name for name, _ in transformer.named_modules()]
     bound = {name for name in names if any(f".{name}".endswith(f".{target}") for target in adapter.config.target_modules)}
     strange, missing = (bound | adapter.modules) - set(targets), set(targets) - bound
     if strange:
@@ -44,19 +36,19 @@ def completed(transformer: SD3Transformer2DModel, adapter: Adapter, source: Path
     return dataclasses.replace(adapter.config, target_modules=targets, init_lora_weights="gaussian"), missing
 
 
-def attach_lora(transformer: SD3Transformer2DModel, config: LoraConfig, name: str) -> PeftModel:
-    """Put a new float32 LoRA on the transformer of the model called name. Raises UserError unless it binds to the lora_targets."""
-    expected = set(lora_targets(transformer))
+def attach_lora(transformer: nn.Module, targets: list[str], config: LoraConfig, name: str) -> PeftModel:
+    """Put a new float32 LoRA on the transformer of the model called name. Raises UserError unless it binds to the targets."""
+    expected = set(targets)
     try:
         peft = get_peft_model(transformer, config)
     except ValueError as error:
-        raise UserError(f"The LoRA binds to no module of {name}: give an adapter of an SD3 transformer.") from error
+        raise UserError(f"The LoRA binds to no module of {name}: give an adapter of its own architecture.") from error
     found = {module_name for module_name, module in transformer.named_modules() if hasattr(module, "lora_A")}
     if found != expected:
         lines = [f"  missing {module_name}" for module_name in sorted(expected - found)]
         lines += [f"  unexpected {module_name}" for module_name in sorted(found - expected)]
         raise UserError(
-            f"The LoRA binds to {len(found)} modules of {name}, the architecture has {len(expected)}: give an adapter of the joint "
+            f"The LoRA binds to {len(found)} modules of {name}, the architecture has {len(expected)}: give an adapter of the "
             "attention's linear layers. Differences:\n" + "\n".join(lines)
         )
     assert all(parameter.dtype == torch.float32 for key, parameter in transformer.named_parameters() if "lora_" in key)

@@ -81,12 +81,13 @@ def fits(job: Job, config: TrainConfig, model: FlowModel, plan: BatchPlan) -> bo
         storage = trajectory_storage(config, job.device)
         held = torch.empty(2, kept, *shape, device=storage, dtype=model.compute_type)
         text, empty = model.encode_prompts([""], guidance)
+        text = model.long_text(text)
         for size, gradient in ((2 * plan.sample_batch, False), (plan.train_batch, True)):
             x = torch.zeros(size, *shape, device=job.device)  # [size, C, H, W]
-            with torch.set_grad_enabled(gradient):
+            with model.together(), torch.set_grad_enabled(gradient):
                 v = model.velocity_at(text.rows([0] * size), empty, guidance)(x, 0.5)
-            if gradient:
-                v.float().square().mean().backward()
+                if gradient:
+                    v.float().square().mean().backward()
         del held
         return True
     except torch.OutOfMemoryError:

@@ -1,71 +1,62 @@
-"""Encodes prompts to the text embeddings that the transformer takes (docs/method.md 4 and 5)."""
+"""Encoded prompts: the text embeddings that the transformer takes (docs/method.md 4 and 5)."""
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import StableDiffusion3Pipeline
-
-TRAINING_TEXT_LENGTH = 128  # T5 tokens in training
-IMAGE_TEXT_LENGTH = 256  # T5 tokens for the images of generate.py and metrics.py
-TEXT_BATCH = 16  # prompts
-
-
-class Once(logging.Filter):
-    """Show the pipeline's warning about long prompts once, without the prompts, instead of for each prompt in every epoch."""
-
-    told = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if "truncated" not in record.getMessage():
-            return True
-        record.msg, record.args = "Some prompts are longer than a text encoder reads; they are truncated.", ()
-        first, self.told = not self.told, True
-        return first
-
-
-logging.getLogger("diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3").addFilter(Once())
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
 class TextEmbeddings:
     """Encoded prompts, one a row."""
 
-    tokens: torch.Tensor  # [N, L, D], CLIP's tokens, then T5's
-    pooled: torch.Tensor  # [N, D']
+    tokens: torch.Tensor  # [N, L, D]
+    pooled: torch.Tensor | None = None  # [N, D'], if the model takes one
+    lengths: torch.Tensor | None = None  # [N] int64 on the CPU: tokens of each prompt; the rest is filling. None: all L
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     def rows(self, index: torch.Tensor | slice | list[int]) -> "TextEmbeddings":
-        return TextEmbeddings(self.tokens[index], self.pooled[index])
+        pooled = None if self.pooled is None else self.pooled[index]
+        if self.lengths is None:
+            return TextEmbeddings(self.tokens[index], pooled)
+        return TextEmbeddings(self.tokens[index], pooled, self.lengths[index.cpu() if isinstance(index, torch.Tensor) else index])
 
     def to(self, device: torch.device) -> "TextEmbeddings":
-        return TextEmbeddings(self.tokens.to(device), self.pooled.to(device))
+        return TextEmbeddings(self.tokens.to(device), None if self.pooled is None else self.pooled.to(device), self.lengths)
+
+    def own_tokens(self) -> list[torch.Tensor]:
+        """Return each prompt's tokens without filling: N times [L_i, D]."""
+        return [row[:length] for row, length in zip(self.tokens, self.lengths.tolist(), strict=True)]
+
+    def repeated(self, times: int) -> "TextEmbeddings":
+        """Return one row many times, without copying it."""
+        pooled = None if self.pooled is None else self.pooled.expand(times, -1)
+        lengths = None if self.lengths is None else self.lengths.expand(times)
+        return TextEmbeddings(self.tokens.expand(times, -1, -1), pooled, lengths)
+
+    def filled_up(self, rows: int) -> "TextEmbeddings":
+        """Repeat the first row until there are `rows`."""
+        missing = rows - len(self)
+        return self if missing == 0 else joined([self, self.rows(slice(0, 1)).repeated(missing)])
+
+    def lengthened(self, length: int) -> "TextEmbeddings":
+        """Return texts with about this many tokens, for a trial, where their number may differ; others stay."""
+        if self.lengths is None:
+            return self
+        times = max(1, length // self.tokens.shape[1])
+        return TextEmbeddings(self.tokens.repeat(1, times, 1), self.pooled, self.lengths * times)
 
 
-def text_length(pipe: StableDiffusion3Pipeline, wanted: int) -> int:
-    """Return the number of T5 tokens: as wanted, but never more than the model was trained for (docs/method.md 4 and 5)."""
-    return min(wanted, pipe.tokenizer_3.model_max_length)
-
-
-@torch.no_grad()
-def encode_text(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], length: int, device: torch.device) -> TextEmbeddings:
-    """Encode prompts -> tokens [N, L, D] and pooled [N, D'].
-
-    A GPU's kernels round differently for other numbers of rows. So on a GPU a batch is filled up with the empty prompt, and a
-    prompt's embedding does not depend on how many others this process has.
-    """
-    tokens, pooled = [], []
-    for i in range(0, len(prompts), TEXT_BATCH):
-        batch = list(prompts[i : i + TEXT_BATCH])
-        filler = [""] * (TEXT_BATCH - len(batch)) if device.type == "cuda" else []
-        encoded, _, summary, _ = pipe.encode_prompt(
-            prompt=batch + filler,
-            prompt_2=None,
-            prompt_3=None,
-            device=device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=text_length(pipe, length),
-        )
-        tokens.append(encoded[: len(batch)])
-        pooled.append(summary[: len(batch)])
-    return TextEmbeddings(torch.cat(tokens), torch.cat(pooled))
+def joined(parts: list[TextEmbeddings]) -> TextEmbeddings:
+    """Return the rows of all parts, one after the other; texts of unlike lengths are filled with zeros."""
+    longest = max(part.tokens.shape[1] for part in parts)
+    filled = [part.tokens for part in parts]
+    if parts[0].lengths is not None:
+        filled = [F.pad(tokens, (0, 0, 0, longest - tokens.shape[1])) for tokens in filled]
+    return TextEmbeddings(
+        torch.cat(filled),
+        None if parts[0].pooled is None else torch.cat([part.pooled for part in parts]),
+        None if parts[0].lengths is None else torch.cat([part.lengths for part in parts]),
+    )

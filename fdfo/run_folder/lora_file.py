@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
@@ -29,21 +29,23 @@ def read_lora(source: Path) -> Lora:
 
 
 def write_sdnext_lora(folder: Path, lora: Lora) -> None:
-    """Write SDNEXT_FILE into the folder, in float32: the tensors of LORA_FILE under the names that SD.Next binds."""
-    tensors = {
-        f"transformer.{module}.lora_{name}.weight": tensor.contiguous()
-        for module, pair in lora.items()
-        for name, tensor in zip(("down", "up"), pair, strict=True)
-    }
-    save_file(tensors, folder / SDNEXT_FILE, metadata={"format": "pt"})
+    """Write SDNEXT_FILE into the folder: the tensors of LORA_FILE under the names that SD.Next binds."""
+    write_tensors(folder / SDNEXT_FILE, lora, ("down", "up"))
 
 
 def write_lora(folder: Path, lora: Lora) -> None:
-    """Write LORA_FILE into the folder, in float32: the same bytes for the same adapter."""
-    layers = {
-        f"{module}.lora_{name}.weight": tensor for module, pair in lora.items() for name, tensor in zip("AB", pair, strict=True)
+    """Write LORA_FILE into the folder, as the pipelines' load_lora_weights read it: the same bytes for the same adapter."""
+    write_tensors(folder / LORA_FILE, lora, ("A", "B"))
+
+
+def write_tensors(path: Path, lora: Lora, names: tuple[str, str]) -> None:
+    """Write a LoRA file in float32. names: those of A and B."""
+    tensors = {
+        f"transformer.{module}.lora_{name}.weight": tensor.contiguous()
+        for module, pair in lora.items()
+        for name, tensor in zip(names, pair, strict=True)
     }
-    StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=LORA_FILE)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def scaled_lora(config: LoraConfig, state: dict[str, torch.Tensor], folder: Path) -> Lora:
@@ -81,7 +83,7 @@ def rank_and_scale(config: LoraConfig, module: str) -> tuple[int, float]:
 
 
 @torch.no_grad()
-def merge_lora(pipe: StableDiffusion3Pipeline, lora: Lora, name: object) -> None:
+def merge_lora(pipe: DiffusionPipeline, lora: Lora, name: object) -> None:
     """Add B A to the transformer's weights: sum in float32, round once to their type. Raises UserError if it does not fit."""
     layers = dict(pipe.transformer.named_modules())
     for module, (A, B) in lora.items():

@@ -10,28 +10,22 @@ from jinja2 import Environment, FileSystemLoader
 from fdfo.config.errors import UserError
 from fdfo.config.plan import plan_churn
 from fdfo.config.presets import HUMAN
-from fdfo.config.train_options import SD35_MEDIUM, TrainConfig
+from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.machine import versions
+from fdfo.model.families.base import Family
 from fdfo.run_folder.lora_file import SDNEXT_FILE
 from fdfo.storage.hub import BUNDLED_MODELS, LORA_FILE
 from fdfo.tiny import TEXT_TOKENS
 from rewards.presets import REWARD_PRESETS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-LICENCES = {
-    SD35_MEDIUM: {
-        "license": "other",
-        "license_name": "stabilityai-ai-community",
-        "license_link": f"https://huggingface.co/{SD35_MEDIUM}/blob/main/LICENSE.md",
-    },
-    "tiny": {"license": "apache-2.0"},
-}
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where an adapter comes from, as far as it is known."""
 
+    family: type[Family]  # of that pipeline
     base: str  # the pipeline it was trained on: hub id, folder, or "tiny"
     settings: TrainConfig  # of its run, or of the preset if the run is unknown
     known_run: bool
@@ -46,8 +40,9 @@ def model_card(origin: Origin, merged: bool, lora_file: str = LORA_FILE) -> str:
     The text depends on the checkpoint alone: no times, no paths, nothing that a resume may change. Raises UserError.
     """
     config, bundled, base = origin.settings, origin.base in BUNDLED_MODELS, public_name(origin.base)
+    guidance = None if origin.guidance is None else origin.guidance + origin.family.guidance_offset
     options = {
-        "guidance_scale": 1.0 if origin.guidance is None else origin.guidance,
+        "guidance_scale": 1.0 + origin.family.guidance_offset if guidance is None else guidance,
         "num_inference_steps": config.sample.num_solver_steps,
         "height": config.sample.resolution,
         "width": config.sample.resolution,
@@ -57,7 +52,7 @@ def model_card(origin: Origin, merged: bool, lora_file: str = LORA_FILE) -> str:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, loader=FileSystemLoader(Path(__file__).parent)
     )
     return environment.get_template("model_card.md").render(
-        vars(origin), merged=merged, base=base, header=header(origin, merged), reward=reward_text(config) if origin.known_run else "",
+        vars(origin) | {"guidance": guidance}, pipeline=origin.family.pipeline.__name__, merged=merged, base=base, header=header(origin, merged), reward=reward_text(config) if origin.known_run else "",
         path=f"fdfo/tiny/{BUNDLED_MODELS[origin.base].name}" if bundled else base, churn=churn,
         lora_file=lora_file, for_sdnext=lora_file == SDNEXT_FILE,
         prompt="a red circle on a white background" if bundled else "a red fox asleep in fresh snow",
@@ -70,13 +65,8 @@ def licence_text(origin: Origin) -> str:
     """Return what the card says of the licence."""
     if not origin.known_run:
         return "Those of the base model and of the adapter that this was made from hold for these weights, too."
-    if origin.base == SD35_MEDIUM:
-        return (
-            f"Powered by Stability AI. Derived from [{SD35_MEDIUM}](https://huggingface.co/{SD35_MEDIUM}). This Stability AI Model is "
-            f"licensed under the [Stability AI Community License]({LICENCES[SD35_MEDIUM]['license_link']}), Copyright © Stability AI "
-            "Ltd. All Rights Reserved. That licence holds for these weights, too."
-        )
-    return "Apache-2.0, as the base model." if origin.base == "tiny" else "That of the base model holds for these weights, too."
+    licence = origin.family.licences.get(origin.base)
+    return "That of the base model holds for these weights, too." if licence is None else licence.text
 
 
 def public_name(base: str) -> str:
@@ -94,8 +84,9 @@ def header(origin: Origin, merged: bool) -> str:
         {"base_model": origin.base, "base_model_relation": "finetune" if merged else "adapter"} if is_hub_id(origin.base) else {}
     )
     tags = ["text-to-image", "fdfo"] if merged else ["lora", "text-to-image", "fdfo"]
-    licence = LICENCES.get(origin.base, {}) if origin.known_run else {}
-    return ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **base, **licence).to_yaml()
+    licence = origin.family.licences.get(origin.base) if origin.known_run else None
+    values = base | ({} if licence is None else licence.header)
+    return ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **values).to_yaml()
 
 
 def reward_text(config: TrainConfig) -> str:

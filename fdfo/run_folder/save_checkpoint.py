@@ -102,7 +102,7 @@ def write_adapter(folder: Path, config: TrainConfig, model: FlowModel, state: Tr
     lora.save_pretrained(str(folder))
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
     write_lora(folder, scaled_lora(lora, tensors, folder))
-    origin = Origin(model.name, config, True, config.sample.guidance_scale, state.epochs, len(state.steps))
+    origin = Origin(type(model.family), model.name, config, True, config.sample.guidance_scale, state.epochs, len(state.steps))
     (folder / CARD).write_text(model_card(origin, merged=False), encoding="utf-8")
 
 

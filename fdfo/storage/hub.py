@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import diffusers
 import torch
 import transformers
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -22,6 +22,7 @@ from fdfo.storage.prompts import PROMPT_SETS, load_prompts
 from fdfo.tiny import TINY_MODEL
 
 BUNDLED_MODELS = {"tiny": TINY_MODEL}
+INDEX = "model_index.json"  # of a pipeline
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
 LORA_SUFFIX = ".safetensors"
@@ -36,13 +37,22 @@ diffusers.utils.logging.disable_progress_bar()  # a bar for every part of every 
 transformers.utils.logging.disable_progress_bar()
 
 
-def load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """Load a StableDiffusion3Pipeline from a hub id, a folder or the bundled "tiny", onto the CPU. Raises UserError."""
+def pipeline_class(name: str) -> str:
+    """Return the name of the class of the pipeline in a folder, on the hub, or of the bundled "tiny". Raises UserError."""
+    folder = Path(BUNDLED_MODELS.get(name, name))
+    with hub_errors(name):
+        file = folder / INDEX if folder.is_dir() else hf_hub_download(name, INDEX)
+        index = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError(f"its {INDEX} is not an object")
+        return str(index.get("_class_name"))
+
+
+def load_pipeline(kind: type[DiffusionPipeline], name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """Load a pipeline of this class from a hub id, a folder or the bundled "tiny", onto the CPU. Raises UserError."""
     argument = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 42) else "torch_dtype"
     with hub_errors(name):
-        return StableDiffusion3Pipeline.from_pretrained(
-            str(BUNDLED_MODELS.get(name, name)), use_safetensors=True, **{argument: dtype}
-        )
+        return kind.from_pretrained(str(BUNDLED_MODELS.get(name, name)), use_safetensors=True, **{argument: dtype})
 
 
 @contextlib.contextmanager
