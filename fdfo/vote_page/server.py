@@ -121,20 +121,23 @@ async def not_kept(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 503)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises UserError if the port cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"The page for votes cannot be served on {host} port {port} ({error.strerror}): give another --human-port, or --human-host."
+        ) from error
+
+
 class Server:
     """The app on a port, in a thread that ends with close() or with the process."""
 
     def __init__(self, desk: "VoteDesk", access: Access, port: int):
         """port 0: any free one. Raises UserError if it cannot be had."""
-        self.access = access
-        try:
-            family = socket.getaddrinfo(access.host, port, type=socket.SOCK_STREAM)[0][0]
-            self.socket = socket.create_server((access.host, port), family=family)
-        except OSError as error:
-            raise UserError(
-                f"The page for votes cannot be served on {access.host} port {port} ({error.strerror}): give another --human-port, or "
-                "--human-host."
-            ) from error
+        self.access, self.socket = access, listen(access.host, port)
         self.port = self.socket.getsockname()[1]
         config = uvicorn.Config(
             build_app(desk, access, self.port), log_config=None, access_log=False, lifespan="off", ws="none", loop="asyncio", http="h11",
