@@ -21,6 +21,7 @@ from fdfo.config.presets import PRESETS
 from fdfo.config.train_options import KLEIN_4B, KLEIN_9B, SD35_LARGE, Z_IMAGE, OptimConfig, SampleConfig, TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.method.trainer import train
+from fdfo.model.families.base import even_levels
 from fdfo.model.families.flux2_klein import Flux2Klein
 from fdfo.model.families.sd3 import StableDiffusion3
 from fdfo.model.families.z_image import ZImage
@@ -71,7 +72,7 @@ def drawn_by_diffusers(pipe: diffusers.DiffusionPipeline, offset: float) -> torc
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
         prompt=list(PROMPTS), guidance_scale=2.0 + offset, num_inference_steps=3, height=64, width=64, max_sequence_length=112,
-        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)], output_type="pt",
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)], output_type="pt", sigmas=even_levels(3),
     ).images  # fmt: skip
     return (255 * images).round().int()
 

@@ -14,10 +14,11 @@ ATTENTION_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBa
 def cast_frozen_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast linear and convolution weights to the compute type, as autocast would at every call, and norms to float32.
 
-    Norms are float32 so that queries and keys are not rounded to bfloat16 before the attention.
+    Norms are float32 so that queries and keys are not rounded to bfloat16 before the attention. Parameters of the module itself are
+    tokens that join activations of the compute type.
     """
     for part in module.modules():
-        kind = dtype if isinstance(part, nn.Linear | nn.Conv2d) else torch.float32
+        kind = dtype if part is module or isinstance(part, nn.Linear | nn.Conv2d) else torch.float32
         for name, parameter in part.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 setattr(part, name, nn.Parameter(parameter.to(kind), requires_grad=False))
