@@ -158,12 +158,12 @@ def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | Se
     if ":" in name:
         return _own_scorer(name, job.device)
     if name in CLIP_SCORERS:
-        from rewards.clip import CLIP_MODELS, PUBLISHED_PROCESSORS, ClipScorer
+        from rewards.scorers.clip import CLIP_MODELS, PUBLISHED_PROCESSORS, ClipScorer
 
         model, processor = CLIP_MODELS[name]
         return ClipScorer(model, PUBLISHED_PROCESSORS.get(name, processor) if as_published else processor, job.device)
     if name == "scene":
-        from rewards.scene import SceneScorer
+        from rewards.scorers.scene import SceneScorer
 
         return SceneScorer(job.device)
     if name == HUMAN:
@@ -171,10 +171,10 @@ def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | Se
 
         return PairScores(name, HumanJudge(job))
     if name == "pixel_diversity":
-        from rewards.pixel_diversity import PixelDiversity
+        from rewards.scorers.pixel_diversity import PixelDiversity
 
         return PixelDiversity()
     assert name == "dreamsim_diversity", name
-    from rewards.dreamsim import DreamSimDiversity
+    from rewards.scorers.dreamsim import DreamSimDiversity
 
     return DreamSimDiversity(job)

@@ -276,7 +276,9 @@ def test_a_lora_on_the_hub(lora: Path, tmp_path: Path):
     environment |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
     names = [f"https://huggingface.co/o/n/{view}/main/mine.safetensors" for view in ("blob", "resolve")]
     names += ["hf:o/n/mine.safetensors", "hf:o/n/a", "https://huggingface.co/o/n/tree/main/a"]
-    code = "import sys; from fdfo.run_folder.start import find_start\nfor n in sys.argv[1:]: print(find_start(n).checkpoint.label)"
+    code = (
+        "import sys; from fdfo.run_folder.start import find_start\nfor n in sys.argv[1:]: print(find_start(n).checkpoint.label)"
+    )
     with HubServer("o/n", files) as server:
         environment["HF_ENDPOINT"] = server.url
         done = subprocess.run([sys.executable, "-c", code, *names], env=environment, capture_output=True, text=True, timeout=100)
