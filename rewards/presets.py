@@ -17,3 +17,13 @@ REWARD_PRESETS = {
     "human": {HUMAN: 1.0},
     "vlm_pair": {VLM_PAIR: 1.0},
 }
+
+
+def is_remote(name: str) -> bool:
+    """Return whether a name is the address of a server (remote/address.py)."""
+    return "://" in name
+
+
+def is_own_code(name: str) -> bool:
+    """Return whether a name is MODULE:CLASS."""
+    return ":" in name and not is_remote(name)

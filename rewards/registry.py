@@ -21,7 +21,10 @@ from rewards.presets import (
     VLM_PAIR,
     VLM_SCORERS,
     VLM_TRAINING_SCORERS,
+    is_own_code,
+    is_remote,
 )
+from rewards.remote.address import parse_address
 from rewards.scorer import Offload, Scorer, SetScorer, own_errors, own_habits
 
 if TYPE_CHECKING:
@@ -61,11 +64,15 @@ def parse_spec(spec: str) -> tuple[str, float]:
 
 
 def check_name(name: str, known: Collection[str]) -> None:
-    """Raise UserError unless the name is among the known ones, or MODULE:CLASS of one that can be imported."""
-    if ":" in name:
+    """Raise UserError unless the name is among the known ones, a server's address, or MODULE:CLASS of one that can be imported."""
+    if is_remote(name):
+        parse_address(name)
+    elif is_own_code(name):
         _own_class(name)
     elif name not in known:
-        raise UserError(f"There is no scorer {name!r}: use one of {', '.join(known)}, or MODULE:CLASS of your own.")
+        raise UserError(
+            f"There is no scorer {name!r}: use one of {', '.join(known)}, MODULE:CLASS of your own, or the address of a server."
+        )
 
 
 def check_metric_name(name: str) -> None:
@@ -77,7 +84,7 @@ def check_metric_name(name: str) -> None:
 
 def is_pair_judge(name: str) -> bool:
     """Return whether a name is that of a judge of pairs: of one's own, a class with `compare` and without `score`."""
-    if ":" not in name:
+    if not is_own_code(name):
         return name in PAIR_JUDGES
     own = _own_class(name)
     return callable(getattr(own, "compare", None)) and not hasattr(own, "score")
@@ -155,8 +162,10 @@ def build_vlm_scorer(name: str, vlm: "Vlm") -> Scorer:
 
 def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | SetScorer:
     """Build one scorer that shares no model with others: any but the VLM's."""
-    if ":" in name:
+    if is_own_code(name):
         return _own_scorer(name, job.device)
+    if is_remote(name):
+        return build_remote_scorer(name)
     if name in CLIP_SCORERS:
         from rewards.scorers.clip import CLIP_MODELS, PUBLISHED_PROCESSORS, ClipScorer
 
@@ -178,3 +187,15 @@ def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | Se
     from rewards.scorers.dreamsim import DreamSimDiversity
 
     return DreamSimDiversity(job)
+
+
+def build_remote_scorer(name: str) -> Scorer:
+    """Build a scorer that asks the server at an address."""
+    address = parse_address(name)
+    if address.model is None:
+        from rewards.remote.http import HttpScorer
+
+        return HttpScorer(address.url)
+    from rewards.remote.chat import ChatScorer
+
+    return ChatScorer(address.url, address.model)

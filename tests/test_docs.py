@@ -21,7 +21,7 @@ from rewards.scorer import check_prompts
 
 METHOD, REWARDS = ((ROOT / "docs" / name).read_text() for name in ("method.md", "rewards.md"))
 NAMED = sorted(set(re.findall(r"`([\w/]+)\.py: ([\w.]+)`", METHOD)))
-MODULES = ("compressibility", "classifier", "colour", "contrast")  # as the page names its code blocks
+MODULES = ("compressibility", "classifier", "colour", "contrast", "judge_server")  # as the page names its code blocks
 SPECS = {"compressibility": "Compressibility", "classifier": "Classifier", "colour": "NamedColour"}
 
 
@@ -83,7 +83,7 @@ def test_the_pages_name_flags_that_exist():
     flags = {flag for text in (METHOD, REWARDS) for flag in re.findall(r"--([a-z][\w.-]*[a-z])", text)}
     known = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
     metrics = {name.replace("_", "-") for name in MetricsConfig.__dataclass_fields__}
-    assert {flag.partition(".")[0] for flag in flags} <= known | metrics
+    assert {flag.partition(".")[0] for flag in flags} <= known | metrics | {"port"}  # of rewards.serve
 
 
 def test_the_offloaded_classifier_scores_alike(page: Path, job: Job):

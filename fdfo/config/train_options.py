@@ -129,7 +129,8 @@ class TrainConfig(Options):
     """weighted set of scorers: pickscore, vlm_alignment, combined, or scene (for the tiny preset); vlm_pair; or human, where people
     choose on a page in the browser, with defaults of its own for the size of an epoch and the like (docs/human.md)"""
     reward_specs: tuple[Name, ...] = ()
-    """scorers and weights of your own instead of a preset: NAME=WEIGHT or MODULE:CLASS=WEIGHT"""
+    """scorers and weights of your own instead of a preset: NAME=WEIGHT, MODULE:CLASS=WEIGHT, or the address of a server, such as
+    http://127.0.0.1:8000/score=1.0 (docs/rewards.md)"""
     human_port: Annotated[int, Field(ge=0, le=65535), FREE] = 8321
     """port of the page on which people judge; 0: any free one"""
     human_host: Annotated[Text, FREE] = "127.0.0.1"
