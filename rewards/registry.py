@@ -14,6 +14,7 @@ from rewards.pairs import PairScores
 from rewards.presets import (
     CLIP_SCORERS,
     HUMAN,
+    OCR_SCORERS,
     PAIR_JUDGES,
     REWARD_PRESETS,
     SCORERS,
@@ -175,6 +176,10 @@ def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | Se
         from rewards.scorers.scene import SceneScorer
 
         return SceneScorer(job.device)
+    if name in OCR_SCORERS:
+        from rewards.scorers.ocr import READERS, OcrScorer
+
+        return OcrScorer(*READERS[name])
     if name == HUMAN:
         from rewards.human import HumanJudge
 

@@ -41,7 +41,7 @@ def rows() -> dict[str, list[str]]:
 
 def test_the_page_names_every_set_and_tells_the_truth():
     assert set(rows()) == {p.stem for p in PROMPT_SETS.glob("*.txt")} | {"pickscore_train", "hpdv2"}
-    for name in ("showcase", "tiny", "tiny_heldout"):
+    for name in ("showcase", "ocr", "tiny", "tiny_heldout"):
         content = (PROMPT_SETS / f"{name}.txt").read_bytes()
         _, prompts, _, licence, size, digest = rows()[name]
         assert int(prompts.replace(",", "")) == len(load_prompts(name)) and licence == "Apache-2.0"
