@@ -131,6 +131,9 @@ class TrainConfig(Options):
     reward_specs: tuple[Name, ...] = ()
     """scorers and weights of your own instead of a preset: NAME=WEIGHT, MODULE:CLASS=WEIGHT, or the address of a server, such as
     http://127.0.0.1:8000/score=1.0 (docs/rewards.md)"""
+    reward_scale: Literal["off", "std"] = "off"
+    """off: scorers are summed with their weights, as published; std: each scorer's differences within pairs are divided by their
+    running spread first, so that equal weights pull equally"""
     human_port: Annotated[int, Field(ge=0, le=65535), FREE] = 8321
     """port of the page on which people judge; 0: any free one"""
     human_host: Annotated[Text, FREE] = "127.0.0.1"
