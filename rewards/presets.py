@@ -3,7 +3,8 @@
 from fdfo.config.presets import HUMAN
 
 CLIP_SCORERS = ("pickscore", "hpsv2", "clip_h14", "clip_l14", "scene_clip")
-VLM_SCORERS = ("vlm_alignment", "vlm_quality", "vlm_photo")
+VLM_QUESTIONS = "vlm_questions"
+VLM_SCORERS = ("vlm_alignment", "vlm_quality", "vlm_photo", VLM_QUESTIONS)
 VLM_TRAINING_SCORERS = tuple(f"{name}_train" for name in VLM_SCORERS)  # with the question and the images of training
 SET_SCORERS = ("dreamsim_diversity", "pixel_diversity")
 OCR_SCORERS = ("ocr", "ocr_tesseract")

@@ -20,6 +20,7 @@ from rewards.presets import (
     SCORERS,
     SET_SCORERS,
     VLM_PAIR,
+    VLM_QUESTIONS,
     VLM_SCORERS,
     VLM_TRAINING_SCORERS,
     is_own_code,
@@ -155,10 +156,14 @@ def build_vlm_scorer(name: str, vlm: "Vlm") -> Scorer:
     """Build one of the VLM's scorers, or its judge of pairs."""
     from rewards.vlm.judge import QUESTIONS, VlmScorer
     from rewards.vlm.pair import VlmPairJudge
+    from rewards.vlm.questions import VlmQuestions
 
     if name == VLM_PAIR:
         return PairScores(name, VlmPairJudge(vlm))
-    return VlmScorer(vlm, QUESTIONS[name], "training" if name in VLM_TRAINING_SCORERS else "metrics")
+    way = "training" if name in VLM_TRAINING_SCORERS else "metrics"
+    if name.startswith(VLM_QUESTIONS):
+        return VlmQuestions(vlm, way)
+    return VlmScorer(vlm, QUESTIONS[name], way)
 
 
 def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | SetScorer:

@@ -35,8 +35,7 @@ from fdfo.report.console import launcher, print_epoch, resume_command
 from fdfo.report.sheets import ShownPair, pair_sheet, save_sheet
 from fdfo.run_folder.save_checkpoint import point_to_best, save_checkpoint
 from fdfo.run_folder.start import FRESH, Start
-from fdfo.storage.atomic_files import json_hash
-from fdfo.storage.prompts import epoch_prompts
+from fdfo.storage.prompts import epoch_prompts, prompts_hash
 from rewards.scorer import describe
 from rewards.spread import Spread
 
@@ -225,7 +224,7 @@ def save(run: Run) -> None:
             f"{run.folder} with a lower --train.learning-rate."
         )
     state = dataclasses.replace(
-        run.learner.state(), settings=deciding_settings(run.config), prompts=json_hash(run.prompts),
+        run.learner.state(), settings=deciding_settings(run.config), prompts=prompts_hash(run.prompts),
         evaluated=[line["epoch"] for line in run.log.evaluations],
     )  # fmt: skip
     save_checkpoint(run.folder, run.config, run.model, state)
