@@ -1,8 +1,10 @@
 """`human`: people choose the better image of each pair on a page in the browser; or their recorded votes are used again."""
 
+import json
 import math
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,22 +36,26 @@ class HumanJudge:
 
     description = "people who choose the better of two images"
 
+    config: TrainConfig
+    run: Path  # its folder
+
     def __init__(self, job: Job):
-        self.job, self.desk = job, None
-        self.recorded: dict[int, Values] | None = None  # by epoch; None if people vote now
+        self.job = job
+        self.desk: VoteDesk | None = None  # on rank 0, if people vote now
+        self.recorded: dict[int, Values] | None = None  # votes by epoch, if they do not
         self.epoch, self.pairs = 0, range(0)  # the open epoch, and this rank's pairs of it
         self.values: Values | None = None  # of the open epoch, of all ranks; None while it is judged
 
     def start(self, config: TrainConfig, run: Path, recorded: dict[int, Values] | None) -> None:
         """Serve the page of a run, or use recorded votes instead. Raises UserError."""
-        self.run, self.config, self.recorded = run, config, recorded
+        self.config, self.run, self.recorded = config, run, recorded
         if recorded is None:
-            settings = DeskSettings(
-                config.human_host, config.human_port, config.seed, config.num_epochs, config.human_shown_twice
-            )
-            self.job.on_main(lambda: self._serve(settings))
+            self.job.on_main(self._serve)
 
-    def _serve(self, settings: DeskSettings) -> None:
+    def _serve(self) -> None:
+        config = self.config
+        twice = config.human_shown_twice
+        settings = DeskSettings(config.human_host, config.human_port, config.seed, config.num_epochs, twice)
         self.desk = VoteDesk(self.run, settings)
 
     @property
@@ -73,12 +79,9 @@ class HumanJudge:
 
         Raises LeaveStage on all ranks if one was asked to stop.
         """
-        asked = stages.asked(pairs.stop - self.pairs.start)
-        offered = (
-            []
-            if self.values is not None
-            else list(zip(pairs, prompts, images.unflatten(0, (-1, 2)) if pairs else (), strict=True))
-        )
+        asked, offered = stages.asked(pairs.stop - self.pairs.start), []
+        if self.values is None and pairs:
+            offered = list(zip(pairs, prompts, images.unflatten(0, (-1, 2)), strict=True))
         ranks = self.job.gather_objects((asked, offered))
         if any(asked for asked, _ in ranks):
             raise LeaveStage
@@ -164,11 +167,11 @@ def set_aside_votes(run: Path, done: int) -> None:
     path = run / VOTES
     if not path.exists():
         return
-    lines = path.read_bytes().decode().splitlines(keepends=True)
-    kept = [line for line, vote in zip(lines, read_votes(path), strict=False) if vote.epoch <= done]
-    if len(kept) < len(lines):
+    votes = read_votes(path)
+    kept = [vote for vote in votes if vote.epoch <= done]
+    if len(kept) < len(votes):
         try:
             shutil.copyfile(path, run / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{VOTES}")
-            write_text(path, "".join(kept))
+            write_text(path, "".join(json.dumps(asdict(vote), ensure_ascii=False) + "\n" for vote in kept))
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): make room, then resume.") from error

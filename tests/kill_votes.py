@@ -52,11 +52,8 @@ def kill_and_compare(folder: Path, kills: int, seed: int) -> bool:
     voter = Voter(f"http://127.0.0.1:{port}/")
     for after in sorted(chance.randrange(EPOCHS * PAIRS) for _ in range(kills)):
         run = JudgedRun(folder / "killed", "--human-port", port)
-        votes_until(
-            voter,
-            after - lost_answers(voter, folder / "killed"),
-            chance.choice([0.0, chance.uniform(0, 0.1), chance.uniform(0, 1.5)]),
-        )
+        later = chance.choice([0.0, chance.uniform(0, 0.1), chance.uniform(0, 1.5)])
+        votes_until(voter, after - lost_answers(voter, folder / "killed"), later)
         place = run.kill(None, 0, 0)
         print(f"killed after {len(voter.kept)} votes in {place}", flush=True)
     run = JudgedRun(folder / "killed", "--human-port", port)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from fdfo.config.command_line import parse_train_config
 from fdfo.config.errors import UserError
 from fdfo.config.train_options import OptimConfig, TrainConfig
 from fdfo.distributed.job import Job
-from fdfo.distributed.shutdown import Stopped
+from fdfo.distributed.shutdown import Guard, Stopped
 from fdfo.method.trainer import train
 from fdfo.run_folder.find_checkpoint import find_checkpoint, read_config
 from fdfo.run_folder.start import find_start
@@ -136,21 +137,21 @@ def test_a_run_stops_if_too_few_pairs_are_judged(run: tuple[TrainConfig, Path], 
     assert same_end(folder, replayed(config, folder, tmp_path / "again"), 1)
 
 
-def test_a_run_that_waits_is_neither_ended_nor_deaf(tmp_path: Path):
-    """Longer than --timeout-minutes; then a signal stops it with a checkpoint. Later one comes inside the update."""
-    config, signals = judged(tmp_path, timeout_minutes=0.02, num_epochs=1), []
+def test_a_run_that_waits_is_neither_ended_nor_deaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Waiting is progress to the watch of --timeout-minutes. A signal stops it with a checkpoint; later one comes inside the update."""
+    config, real = judged(tmp_path, num_epochs=1), Guard.asked
+    looks: list[str] = []  # where the run was whenever it noted progress
+    monkeypatch.setattr(Guard, "asked", lambda guard: looks.append(guard.place) or real(guard))
 
     def interrupt() -> None:
-        signals.append(time.monotonic())
+        while looks.count("votes of epoch 1") < 5:
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    timer = threading.Timer(4, interrupt)
-    timer.start()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(Stopped, match="SIGTERM on rank 0, stopped before reward of epoch 1"):
         train(JOB, config)
-    assert signals
     folder = tmp_path / "00000-human-cfg_1p0"
-    config = dataclasses.replace(config, timeout_minutes=30.0)
     with Voting(config.human_port) as ann:
         with signal_inside("reduce_gradient", signal.SIGTERM), pytest.raises(Stopped):
             train(JOB, config, find_start(str(folder)))
@@ -209,6 +210,7 @@ def test_killed_between_votes(tmp_path: Path):
 def test_the_defaults_for_people_and_their_flags(run_cli, tmp_path: Path):
     config = parse_train_config(["--preset", "tiny", "--reward-preset", "human"])
     assert (config.total_pairs_per_epoch, config.save_freq, config.eval_every) == (64, 1, 1) and "scene" in config.eval_metrics
+    assert (config.train.learning_rate, config.churn.weight) == (5e-4, 0.05)
     assert parse_train_config(["--reward-specs", "human=1", "--total-pairs-per-epoch", "8"]).total_pairs_per_epoch == 8
     assert parse_train_config(["--preset", "tiny"]).total_pairs_per_epoch == 128
     for flags, says in (
@@ -219,3 +221,9 @@ def test_the_defaults_for_people_and_their_flags(run_cli, tmp_path: Path):
     ):
         code, _, err = run_cli("train", "--preset", "tiny", "--runs-dir", tmp_path, *flags)
         assert code == 2 and says in err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = run_cli(
+            "train", "--preset", "tiny", "--reward-preset", "human", "--human-port", port, "--runs-dir", tmp_path
+        )
+    assert code == 2 and "give another --human-port" in err and not list(tmp_path.iterdir())

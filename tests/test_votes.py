@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fdfo.tiny.scenes import parse_caption, render
-from fdfo.vote_page.desk import VOTES, write_image
+from fdfo.vote_page.desk import VOTES
+from fdfo.vote_page.images import write_image
 from fdfo.vote_page.votes_file import Vote, VotesFile
 from fdfo.votes.agreement import between_people, everybodys_habits, habits, warnings
 
@@ -89,6 +90,7 @@ def test_wrong_input_is_one_sentence(run: Path, run_cli: Callable, tmp_path: Pat
         (tmp_path,): "has no votes.jsonl",
         (empty,): "has no vote yet",
         (run, "--scorer", "nobody"): "There is no scorer 'nobody'",
+        (run, "--scorer", "pixel_diversity"): "compares many images",
         (run, "--scorer", "scene"): "5-1.jpg is not there",
         (run, "--export", tmp_path / "new"): "5-1.jpg is not there",
         (run, "--export", empty): "exists already",

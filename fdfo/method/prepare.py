@@ -8,6 +8,7 @@ import torch
 
 from fdfo.config.errors import UserError
 from fdfo.config.plan import BatchPlan, plan_batches
+from fdfo.config.presets import judged_by_people
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.distributed.launch import check_device
@@ -23,6 +24,7 @@ from fdfo.run_folder.log import RunLog
 from fdfo.run_folder.save_checkpoint import TrainingState, changed_settings, damaged, load_checkpoint
 from fdfo.run_folder.start import AUTO, Start
 from fdfo.storage.prompts import prompts_hash
+from fdfo.vote_page.server import listen
 from rewards.human import HumanJudge, read_recorded, set_aside_votes
 from rewards.presets import HUMAN, VLM_SCORERS, VLM_TRAINING_SCORERS
 from rewards.registry import VlmSettings, build_scorers, check_metric_name, is_pair_judge, reward_weights
@@ -71,6 +73,8 @@ def prepare(job: Job, config: TrainConfig, start: Start) -> Run:
     for metric in config.eval_metrics if split.held_out else ():
         check_metric_name(metric)
     check_writable(start.run or config.runs_dir)
+    if judged_by_people(config) and config.votes is None:
+        job.on_main(lambda: listen(config.human_host, config.human_port).close())  # long before the page is served
     state, changed, evaluated, recorded = None, {}, set(), None
     if start.resumed:
         state = load_checkpoint(start.checkpoint)

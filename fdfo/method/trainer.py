@@ -57,8 +57,9 @@ def train(job: Job, config: TrainConfig, start: Start = FRESH) -> Run:
     run.plan = fitting_plan(job, config, run.model, run.plan)
     announce(run)
     with guarded(job, config.timeout_minutes) as guard:
-        tell = {} if run.people is None else {"tell": run.people.tell}
-        stages = Stages(job, StageClock(job.device), guard, **tell)
+        stages = Stages(job, StageClock(job.device), guard)
+        if run.people is not None:
+            stages.tell = run.people.tell
         try:
             evaluate(run, stages)
             while run.progress.epochs < config.num_epochs:

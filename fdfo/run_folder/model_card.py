@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from fdfo.config.errors import UserError
 from fdfo.config.plan import plan_churn
+from fdfo.config.presets import HUMAN
 from fdfo.config.train_options import SD35_MEDIUM, TrainConfig
 from fdfo.distributed.machine import versions
 from fdfo.run_folder.lora_file import SDNEXT_FILE
@@ -101,7 +102,8 @@ def reward_text(config: TrainConfig) -> str:
     """Return scorers and weights as the config names them, importing none: the config may be anybody's. Raises UserError."""
     try:
         pairs = [spec.rpartition("=")[::2] for spec in config.reward_specs] or REWARD_PRESETS[config.reward_preset].items()
-        return " + ".join(f"{float(weight):g} {name}" for name, weight in pairs)
+        told = {HUMAN: f"{HUMAN} (people chose the better of two images)"}
+        return " + ".join(f"{float(weight):g} {told.get(name, name)}" for name, weight in pairs)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"The run's config.json names a reward that this version does not know ({error}): restore the file."

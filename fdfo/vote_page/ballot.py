@@ -20,6 +20,10 @@ class Refused(ValueError):
     """What a person cannot do now. Its text is one sentence for them."""
 
 
+class NotYet(Refused):
+    """What a person can do in a moment: the page asks again by itself."""
+
+
 class Showing(NamedTuple):
     pair: int
     number: int  # 1, or 2 if the pair is shown again
@@ -91,19 +95,25 @@ class Ballot:
         return sum(now - seen <= GONE for seen in self.seen.values())
 
     def give(self, tab: str, person: str, held: list[Showing], most: int, now: float) -> list[Showing]:
-        """Return at most so many showings for a tab, those that it holds already first. Time that has run out starts with an answer."""
+        """Return at most so many showings for a tab, those that it holds already first. Time that has run out starts with an answer.
+
+        After a restart a tab also keeps what it held and is not offered yet.
+        """
         self.see(tab, now)
-        wanted = [*(showing for showing in held if self.is_open(showing)), *self.open_showings(person)]
-        free = [showing for showing in dict.fromkeys(wanted) if self.holder(showing, now) in (None, tab)][:most]
+        kept = [showing for showing in held if showing in self.showings and showing not in self.answered]
+        wanted = dict.fromkeys([*kept, *self.open_showings(person)])
+        free = [showing for showing in wanted if self.holder(showing, now) in (None, tab)][:most]
         for showing in free:
             if showing not in self.leases or self.leases[showing].tab != tab:
                 self.leases[showing] = Lease(tab, now)
-        return free
+        return [showing for showing in free if self.is_open(showing)]
 
     def check(self, showing: Showing, tab: str, now: float) -> None:
         """Raise Refused unless a tab may answer a showing now."""
         if showing in self.answered:
             raise Refused("This pair has its vote already.")
+        if showing in self.showings and showing.pair not in self.offered:
+            raise NotYet("This pair is not drawn yet. Your choice is kept and sent again.")
         if not self.is_open(showing):
             raise Refused("This pair is not open.")
         if self.holder(showing, now) not in (None, tab):

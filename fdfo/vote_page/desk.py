@@ -1,6 +1,5 @@
 """The desk: takes pairs and news from the trainer, shows them on the page, keeps the votes."""
 
-import io
 import secrets
 import threading
 import time
@@ -8,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from fdfo.config.errors import UserError
-from fdfo.storage.atomic_files import write_bytes
 from fdfo.vote_page.access import Access
-from fdfo.vote_page.ballot import Ballot, Refused, Showing, left_branch
+from fdfo.vote_page.ballot import Ballot, NotYet, Refused, Showing, left_branch
+from fdfo.vote_page.images import write_image
 from fdfo.vote_page.news import News
 from fdfo.vote_page.server import Server
 from fdfo.vote_page.votes_file import Vote, VotesFile, pair_values
 
 VOTES, IMAGES = "votes.jsonl", "votes"  # in the run folder
+STARTING = "The trainer is starting. Your choice is kept and sent again."
 CLOSED = "This epoch is closed: its votes are in use already."
 
 
@@ -47,7 +46,7 @@ class VoteDesk:
             )
         self.images = run / IMAGES
         self.images.mkdir(exist_ok=True)
-        self.epoch = 0  # the one opened last
+        self.epoch: int | None = None  # the one opened last
         self.ballot: Ballot | None = None  # of the open epoch
         self.prompts: dict[int, str] = {}  # of the open epoch, by pair
         self.news = News(self.images)
@@ -156,17 +155,18 @@ class VoteDesk:
     def take_back(self, person: str, tab: str) -> dict:
         """Take back a person's last vote in the open epoch, and return its pair as give() does."""
         with self.lock:
-            if self.ballot is None:
-                raise Refused(CLOSED)
+            self.check_epoch(self.epoch)
             last = self.ballot.last_of(person)
             if last.pair not in self.ballot.offered:
-                raise Refused("That pair is not drawn again yet: wait a moment.")
+                raise NotYet("That pair is not drawn yet.")
             self.write(last, person, "undo", 0.0)
             self.ballot.take_back(last, tab, time.monotonic())
             return self.describe(last)
 
-    def check_epoch(self, epoch: int) -> None:
+    def check_epoch(self, epoch: int | None) -> None:
         """Raise Refused unless this epoch is open."""
+        if self.epoch is None:
+            raise NotYet(STARTING)
         if self.ballot is None:
             raise Refused(CLOSED)
         if epoch != self.ballot.epoch:
@@ -201,14 +201,3 @@ class VoteDesk:
             return run | {"epoch": None, "left": 0, "showings": 0, "people": 0}
         left, showings, people = ballot.left(), len(ballot.showings), ballot.present(now)
         return run | {"epoch": ballot.epoch, "left": left, "showings": showings, "people": people}
-
-
-def write_image(path: Path, image: torch.Tensor) -> None:
-    """Write an image [3, H, W] uint8 as a JPEG of full colour resolution. Raises UserError."""
-    content = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(content, format="JPEG", quality=95, subsampling=0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, content.getvalue())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): make room, then resume.") from error

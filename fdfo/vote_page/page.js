@@ -17,10 +17,9 @@ let shown = null; // the pair on the screen
 let shownAt = 0; // performance.now() when it came
 let busy = false; // a vote or an undo is on its way
 let asking = false; // a request for pairs is on its way
+let restarted = false; // the trainer was, and does not know yet what this tab holds
 let undone = 0; // undos so far
 let state = null; // the trainer's, at the last look
-let drawnLearning = ""; // evaluations that are drawn
-let follow = true; // the strip follows the newest evaluation
 const answered = new Set(); // keys of the pairs that this tab has judged
 
 const keyOf = (pair) => `${pair.epoch}/${pair.pair}/${pair.showing}`;
@@ -64,17 +63,19 @@ async function look() {
 }
 
 async function take(seen) {
-  const restarted = state !== null && state.boot !== seen.boot;
+  if (state !== null && state.boot !== seen.boot) restarted = true;
   state = seen;
   drawState();
   drawLearning();
-  if (seen.epoch === null || restarted || queue.some((pair) => pair.epoch !== seen.epoch)) await refill(true);
-  else await refill(false);
+  if (restarted && seen.epoch === null) return; // what this tab holds is said when the epoch is open again
+  const always = restarted || seen.epoch === null || queue.some((pair) => pair.epoch !== seen.epoch);
+  restarted = false;
+  await refill(always);
 }
 
 /** Bring the queue up to date with the trainer. always: also if it is full. */
 async function refill(always) {
-  if (!person || asking || busy || (!always && queue.length >= AHEAD)) return;
+  if (!person || asking || (!always && (busy || queue.length >= AHEAD))) return;
   asking = true;
   const before = undone;
   try {
@@ -168,7 +169,7 @@ async function show() {
     button.style.setProperty("--ratio", width / height);
     button.replaceChildren(image);
   });
-  byId("announce").textContent = pair.prompt;
+  announce(pair.prompt);
   shownAt = performance.now();
 }
 
@@ -187,7 +188,8 @@ function say(text, undo) {
 function trouble(text) {
   const status = byId("status");
   status.classList.add("trouble");
-  if (status.textContent !== text) status.textContent = text;
+  status.textContent = text;
+  announce(text);
   if (shown === null) {
     byId("waiting").textContent = state === null ? "Looking for the trainer" : "Waiting for the trainer";
     byId("why").textContent = "";
@@ -195,8 +197,13 @@ function trouble(text) {
   }
 }
 
+/** Let a screen reader say a text, once. */
+function announce(text) {
+  if (byId("announce").textContent !== text) byId("announce").textContent = text;
+}
+
 function duration(seconds) {
-  return seconds < 90 ? `about ${Math.max(1, Math.round(seconds))} s` : `about ${Math.round(seconds / 60)} minutes`;
+  return seconds < 90 ? `about ${Math.round(seconds)} s` : `about ${Math.round(seconds / 60)} minutes`;
 }
 
 function capital(text) {
@@ -212,12 +219,12 @@ function fill(bar, done, total) {
 function drawState() {
   if (state === null) return;
   const { stage, epoch, left, showings } = state;
-  const count = stage.total ? `: ${stage.done} of ${stage.total} ${stage.unit}` : "";
-  const time = state.seconds_left === null ? "" : `, ${duration(state.seconds_left)} left`;
+  const waits = stage.name.startsWith("waiting"); // for people: the counter of the epoch says how far they are
+  const count = stage.total && !waits ? `: ${stage.done} of ${stage.total} ${stage.unit}` : "";
+  const time = state.seconds_left >= 1 && !waits ? `, ${duration(state.seconds_left)} left` : "";
   const status = byId("status");
   status.classList.remove("trouble");
-  const text = `Trainer: ${stage.name}${count}${time}`;
-  if (status.textContent !== text) status.textContent = text;
+  status.textContent = `Trainer: ${stage.name}${count}${time}`;
   byId("run").textContent = state.run;
   byId("epoch").textContent = epoch === null ? "FDFO" : `Epoch ${epoch + 1} of ${state.epochs}`;
   byId("people").textContent = state.people > 1 ? `${state.people} people judge, you as` : "You are";
@@ -239,6 +246,7 @@ function drawWaiting(count, time) {
     why = `${left} of this epoch are not judged yet.`;
   } else if (epoch !== null && left > 0) title = "The next pair is being drawn";
   byId("waiting").textContent = title;
+  announce(title);
   byId("why").textContent = why;
   byId("stage").hidden = !stage.total;
   fill(byId("stage"), stage.done, stage.total);
@@ -247,104 +255,6 @@ function drawWaiting(count, time) {
 function drawTitle() {
   const name = state === null || state.epoch === null || shown === null ? "waiting" : `${state.left} left`;
   document.title = `${name} – FDFO`;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// what the choices do
-
-function drawLearning() {
-  const { evaluations, heldout_prompts: prompts } = state;
-  const now = JSON.stringify([state.boot, evaluations, prompts]);
-  if (now === drawnLearning) return;
-  drawnLearning = now;
-  byId("learning").hidden = evaluations.length === 0;
-  if (evaluations.length === 0) return;
-  const slider = byId("slider");
-  slider.max = evaluations.length - 1;
-  if (follow) slider.value = slider.max;
-  byId("choose").hidden = evaluations.length < 2;
-  const names = Object.keys(evaluations[evaluations.length - 1].scores);
-  byId("curves").replaceChildren(...names.map((name) => curve(name, evaluations)));
-  byId("strip").replaceChildren(...prompts.map(before_after));
-  drawStrip();
-}
-
-function before_after(prompt) {
-  const figure = document.createElement("figure");
-  const images = document.createElement("div");
-  images.append(new Image(), new Image());
-  const caption = document.createElement("figcaption");
-  caption.textContent = prompt;
-  caption.title = prompt;
-  figure.append(images, caption);
-  return figure;
-}
-
-/** Put the first evaluation's images, and the chosen one's, into the strip. */
-function drawStrip() {
-  const { evaluations, heldout_prompts: prompts } = state;
-  const epochs = [evaluations[0].epoch, evaluations[Number(byId("slider").value)].epoch];
-  byId("chosen").textContent = `before, and after ${epochs[1]} ${epochs[1] === 1 ? "epoch" : "epochs"}`;
-  byId("slider").setAttribute("aria-valuetext", `after ${epochs[1]} epochs`);
-  document.querySelectorAll("#strip figure").forEach((figure, i) => {
-    figure.querySelectorAll("img").forEach((image, k) => {
-      const address = `images/held-out/${epochs[k]}-${i}.jpg`;
-      image.alt = `${k ? "after" : "before"}: ${prompts[i]}`;
-      image.onload = () => image.classList.toggle("small", image.naturalWidth <= SMALL);
-      if (image.getAttribute("src") !== address) image.src = address;
-    });
-  });
-}
-
-function curve(name, evaluations) {
-  const points = evaluations.filter((one) => Number.isFinite(one.scores[name])).map((one) => [one.epoch, one.scores[name]]);
-  const figure = document.createElement("figure");
-  const title = document.createElement("h3");
-  title.textContent = `held-out ${name}`;
-  figure.append(title);
-  if (points.length === 0) return figure;
-  const [first, last] = [points[0], points[points.length - 1]];
-  const value = document.createElement("p");
-  const change = document.createElement("small");
-  value.textContent = `${number(last[1])} `;
-  if (points.length > 1) change.textContent = `${last[1] < first[1] ? "−" : "+"}${number(Math.abs(last[1] - first[1]))} since epoch ${first[0]}`;
-  value.append(change);
-  figure.append(value, drawing(points), axis(first, last));
-  return figure;
-}
-
-/** Draw points [epoch, score] as a line over its own range. */
-function drawing(points) {
-  const make = (kind, attributes) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", kind);
-    for (const [key, text] of Object.entries(attributes)) element.setAttribute(key, text);
-    return element;
-  };
-  const scores = points.map((point) => point[1]);
-  const [low, high] = [Math.min(...scores), Math.max(...scores)];
-  const start = points[0][0];
-  const across = points[points.length - 1][0] - start || 1;
-  const place = ([epoch, score]) => [(100 * (epoch - start)) / across, high === low ? 20 : 38 - (36 * (score - low)) / (high - low)];
-  const svg = make("svg", { viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img" });
-  svg.setAttribute("aria-label", points.map(([epoch, score]) => `epoch ${epoch}: ${number(score)}`).join(", "));
-  svg.append(make("line", { x1: 0, x2: 100, y1: 40, y2: 40 }));
-  svg.append(make("polyline", { points: points.map((point) => place(point).join(",")).join(" ") }));
-  return svg;
-}
-
-function axis(first, last) {
-  const line = document.createElement("div");
-  line.className = "axis";
-  for (const [epoch] of first === last ? [first] : [first, last]) {
-    const end = document.createElement("span");
-    end.textContent = `epoch ${epoch}`;
-    line.append(end);
-  }
-  return line;
-}
-
-function number(value) {
-  return Number(value.toPrecision(4)).toString();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -371,11 +281,6 @@ for (const button of document.querySelectorAll("[data-choice]")) {
 byId("undo").addEventListener("click", (event) => {
   if (event.detail > 0) byId("undo").blur();
   takeBack();
-});
-
-byId("slider").addEventListener("input", () => {
-  follow = byId("slider").value === byId("slider").max;
-  drawStrip();
 });
 
 byId("person").addEventListener("click", askName);

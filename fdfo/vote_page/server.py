@@ -18,14 +18,14 @@ from starlette.routing import Route
 
 from fdfo.config.errors import UserError
 from fdfo.vote_page.access import Access, Gate
-from fdfo.vote_page.ballot import Refused
+from fdfo.vote_page.ballot import NotYet, Refused
 from fdfo.vote_page.votes_file import Number, Person
 
 if TYPE_CHECKING:
     from fdfo.vote_page.desk import VoteDesk
 
 HERE = Path(__file__).parent
-PAGE_FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
+PAGE_FILES = {"/": "page.html"} | {f"/{name}": name for name in ("page.css", "page.js", "learning.js")}
 Place = tuple[Number, Number, Annotated[int, Field(ge=1, le=2)]]  # epoch, pair, showing
 Tab = Annotated[str, Field(min_length=1, max_length=60)]
 T = TypeVar("T")
@@ -103,12 +103,16 @@ def build_app(desk: "VoteDesk", access: Access, port: int) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[Middleware(Gate, access=access, port=port)],
-        exception_handlers={Refused: refused, UserError: not_kept},
+        exception_handlers={Refused: refused, NotYet: not_yet, UserError: not_kept},
     )
 
 
 async def refused(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 409)
+
+
+async def not_yet(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 503)
 
 
 async def not_kept(_: Request, error: Exception) -> Response:
@@ -117,20 +121,23 @@ async def not_kept(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 503)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises UserError if the port cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"The page for votes cannot be served on {host} port {port} ({error.strerror}): give another --human-port, or --human-host."
+        ) from error
+
+
 class Server:
     """The app on a port, in a thread that ends with close() or with the process."""
 
     def __init__(self, desk: "VoteDesk", access: Access, port: int):
         """port 0: any free one. Raises UserError if it cannot be had."""
-        self.access = access
-        try:
-            family = socket.getaddrinfo(access.host, port, type=socket.SOCK_STREAM)[0][0]
-            self.socket = socket.create_server((access.host, port), family=family)
-        except OSError as error:
-            raise UserError(
-                f"The page for votes cannot be served on {access.host} port {port} ({error.strerror}): give another --human-port, or "
-                "--human-host."
-            ) from error
+        self.access, self.socket = access, listen(access.host, port)
         self.port = self.socket.getsockname()[1]
         config = uvicorn.Config(
             build_app(desk, access, self.port), log_config=None, access_log=False, lifespan="off", ws="none", loop="asyncio", http="h11",

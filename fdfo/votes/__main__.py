@@ -44,10 +44,13 @@ def scores_of(config: VotesConfig, votes: list) -> dict[tuple[int, int], float]:
     if config.scorer is None:
         return {}
     from fdfo.votes.dataset import pair_scores
-    from rewards.registry import VlmSettings, build_scorers, check_scorer_name
+    from rewards.presets import SET_SCORERS
+    from rewards.registry import VlmSettings, build_scorers, check_metric_name
     from rewards.scorer import check_prompts
 
-    check_scorer_name(config.scorer)
+    check_metric_name(config.scorer)
+    if config.scorer in SET_SCORERS:
+        raise UserError(f"{config.scorer} compares many images of one prompt, and no pair: give another --scorer.")
     with start_job() as job:
         scorers = build_scorers([config.scorer], job, VlmSettings())
         check_prompts(scorers, [vote.prompt for vote in votes])
