@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -143,6 +144,25 @@ def page_server(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("server") / "judge_server.py"
     path.write_text("import os\ncount = []\n" + block.replace("    return float(", trap))
     return path
+
+
+def test_another_package_is_served_as_the_page_says(page_server: Path, tmp_path: Path):
+    """With a stand-in for ImageReward that has its two functions, and needs nothing of this project."""
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    block = textwrap.dedent(page[page.index("    import ImageReward") : page.index("This was tried with a stand-in")])
+    (tmp_path / "ImageReward.py").write_text(
+        "class Model:\n    def score(self, prompt, image):\n        return len(prompt) + image.getpixel((0, 0))[0]\n\n\n"
+        "def load(name):\n    assert name == 'ImageReward-v1.0'\n    return Model()\n"
+    )
+    server = page_server.read_text()
+    start, end = server.index("def judge("), server.index("class Handler")
+    (tmp_path / "judge_server.py").write_text(server[:start] + block + server[end:])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = serve(tmp_path / "judge_server.py", port, tmp_path / "once")
+    values = HttpScorer(f"http://127.0.0.1:{port}").score(["a", "bcd"], (255 * IMAGES[:2]).round().to(torch.uint8))
+    process.kill()
+    assert values.tolist() == ((255 * IMAGES[:2, 0, 0, 0]).round() + torch.tensor([1, 3])).tolist()
 
 
 def serve(script: Path, port: int, once: Path) -> subprocess.Popen:
