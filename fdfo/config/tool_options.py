@@ -50,9 +50,9 @@ class MetricsConfig(Options):
     """Score the images that checkpoints, or the base model, draw for a prompt set; or score a folder of images."""
 
     metrics: tuple[str, ...] = ("pickscore",)
-    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, dreamsim_diversity, pixel_diversity, scene,
-    scene_clip; vlm_..._train asks the question of training; MODULE:CLASS is a scorer of your own, http://HOST:PORT/PATH a
-    server"""
+    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, vlm_questions, ocr, ocr_tesseract,
+    dreamsim_diversity, pixel_diversity, scene, scene_clip; vlm_..._train asks the question of training; MODULE:CLASS is a scorer of
+    your own, http://HOST:PORT/PATH a server"""
     checkpoint: tuple[Text, ...] = ()
     """one or more of: checkpoint folder, run folder (all its checkpoints), hub URL, hf:OWNER/NAME/FOLDER, or the word base; the base
     model if left out"""
@@ -64,7 +64,7 @@ class MetricsConfig(Options):
     """score the images of this folder instead of drawing any. Each entry, an image or a sub-folder of images, belongs to one prompt:
     named by the prompt's number in the prompt set, from 0 (000012.png, 000012/1.png), or by the prompt itself (a red fox.png)"""
     prompt_set: str = "hpdv2"
-    """name in prompt_sets/, or a text file with one prompt per line"""
+    """name in prompt_sets/, or a text file with one prompt per line, or .jsonl with questions for vlm_questions"""
     num_prompts: Count = 500
     """number of prompts: the first of the shuffled set"""
     num_repeats: Count = 1

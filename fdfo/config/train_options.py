@@ -118,7 +118,7 @@ class TrainConfig(Options):
     pretrained_model: Name = SD35_MEDIUM
     """hub id or folder of the StableDiffusion3Pipeline to train, or tiny for the bundled one"""
     prompt_set: Name = "pickscore_train"
-    """name in prompt_sets/, or a text file with one prompt per line"""
+    """name in prompt_sets/, or a text file with one prompt per line, or .jsonl with questions for vlm_questions"""
     total_pairs_per_epoch: Count = 432
     """pairs sampled per epoch by all processes together"""
     gradient_steps_per_epoch: Count = 4
