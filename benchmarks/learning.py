@@ -55,8 +55,8 @@ from fdfo.run_folder.log import LOG, read_log  # noqa: E402
 from fdfo.storage.atomic_files import atomic_folder, read_json  # noqa: E402
 from fdfo.storage.prompts import load_prompts  # noqa: E402
 from fdfo.tiny.scenes import parse_caption, render  # noqa: E402
-from rewards.clip import CLIP_MODELS, ClipScorer  # noqa: E402
-from rewards.scene import SceneScorer  # noqa: E402
+from rewards.scorers.clip import CLIP_MODELS, ClipScorer  # noqa: E402
+from rewards.scorers.scene import SceneScorer  # noqa: E402
 
 END = "end.json"
 

@@ -47,7 +47,7 @@ from tiny_qwen import save_processor, token_ids  # noqa: E402
 
 from fdfo.config.train_options import KLEIN_4B, SD35_LARGE, SD35_MEDIUM, Z_IMAGE  # noqa: E402
 from fdfo.tiny.architecture import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
-from rewards.clip import CLIP_MODELS  # noqa: E402
+from rewards.scorers.clip import CLIP_MODELS  # noqa: E402
 from rewards.vlm.judge import VLM_MODELS  # noqa: E402
 
 COMMIT = "0" * 40

@@ -32,7 +32,7 @@ from fdfo.run_folder.log import LOG, read_log  # noqa: E402
 from fdfo.storage.atomic_files import write_text  # noqa: E402
 from fdfo.vote_page.desk import VOTES  # noqa: E402
 from fdfo.vote_page.votes_file import read_votes, standing  # noqa: E402
-from rewards.scene import SceneScorer  # noqa: E402
+from rewards.scorers.scene import SceneScorer  # noqa: E402
 
 KEYS = ("ArrowLeft", "ArrowRight", "ArrowUp")
 # What is on the screen: the key of the pair, its prompt, and the addresses of its images.

@@ -14,14 +14,19 @@ from rewards.pairs import PairScores
 from rewards.presets import (
     CLIP_SCORERS,
     HUMAN,
+    OCR_SCORERS,
     PAIR_JUDGES,
     REWARD_PRESETS,
     SCORERS,
     SET_SCORERS,
     VLM_PAIR,
+    VLM_QUESTIONS,
     VLM_SCORERS,
     VLM_TRAINING_SCORERS,
+    is_own_code,
+    is_remote,
 )
+from rewards.remote.address import parse_address
 from rewards.scorer import Offload, Scorer, SetScorer, own_errors, own_habits
 
 if TYPE_CHECKING:
@@ -61,11 +66,15 @@ def parse_spec(spec: str) -> tuple[str, float]:
 
 
 def check_name(name: str, known: Collection[str]) -> None:
-    """Raise UserError unless the name is among the known ones, or MODULE:CLASS of one that can be imported."""
-    if ":" in name:
+    """Raise UserError unless the name is among the known ones, a server's address, or MODULE:CLASS of one that can be imported."""
+    if is_remote(name):
+        parse_address(name)
+    elif is_own_code(name):
         _own_class(name)
     elif name not in known:
-        raise UserError(f"There is no scorer {name!r}: use one of {', '.join(known)}, or MODULE:CLASS of your own.")
+        raise UserError(
+            f"There is no scorer {name!r}: use one of {', '.join(known)}, MODULE:CLASS of your own, or the address of a server."
+        )
 
 
 def check_metric_name(name: str) -> None:
@@ -77,7 +86,7 @@ def check_metric_name(name: str) -> None:
 
 def is_pair_judge(name: str) -> bool:
     """Return whether a name is that of a judge of pairs: of one's own, a class with `compare` and without `score`."""
-    if ":" not in name:
+    if not is_own_code(name):
         return name in PAIR_JUDGES
     own = _own_class(name)
     return callable(getattr(own, "compare", None)) and not hasattr(own, "score")
@@ -147,34 +156,56 @@ def build_vlm_scorer(name: str, vlm: "Vlm") -> Scorer:
     """Build one of the VLM's scorers, or its judge of pairs."""
     from rewards.vlm.judge import QUESTIONS, VlmScorer
     from rewards.vlm.pair import VlmPairJudge
+    from rewards.vlm.questions import VlmQuestions
 
     if name == VLM_PAIR:
         return PairScores(name, VlmPairJudge(vlm))
-    return VlmScorer(vlm, QUESTIONS[name], "training" if name in VLM_TRAINING_SCORERS else "metrics")
+    way = "training" if name in VLM_TRAINING_SCORERS else "metrics"
+    if name.startswith(VLM_QUESTIONS):
+        return VlmQuestions(vlm, way)
+    return VlmScorer(vlm, QUESTIONS[name], way)
 
 
 def build_scorer(name: str, job: Job, as_published: bool = False) -> Scorer | SetScorer:
     """Build one scorer that shares no model with others: any but the VLM's."""
-    if ":" in name:
+    if is_own_code(name):
         return _own_scorer(name, job.device)
+    if is_remote(name):
+        return build_remote_scorer(name)
     if name in CLIP_SCORERS:
-        from rewards.clip import CLIP_MODELS, PUBLISHED_PROCESSORS, ClipScorer
+        from rewards.scorers.clip import CLIP_MODELS, PUBLISHED_PROCESSORS, ClipScorer
 
         model, processor = CLIP_MODELS[name]
         return ClipScorer(model, PUBLISHED_PROCESSORS.get(name, processor) if as_published else processor, job.device)
     if name == "scene":
-        from rewards.scene import SceneScorer
+        from rewards.scorers.scene import SceneScorer
 
         return SceneScorer(job.device)
+    if name in OCR_SCORERS:
+        from rewards.scorers.ocr import READERS, OcrScorer
+
+        return OcrScorer(*READERS[name])
     if name == HUMAN:
         from rewards.human import HumanJudge
 
         return PairScores(name, HumanJudge(job))
     if name == "pixel_diversity":
-        from rewards.pixel_diversity import PixelDiversity
+        from rewards.scorers.pixel_diversity import PixelDiversity
 
         return PixelDiversity()
     assert name == "dreamsim_diversity", name
-    from rewards.dreamsim import DreamSimDiversity
+    from rewards.scorers.dreamsim import DreamSimDiversity
 
     return DreamSimDiversity(job)
+
+
+def build_remote_scorer(name: str) -> Scorer:
+    """Build a scorer that asks the server at an address."""
+    address = parse_address(name)
+    if address.model is None:
+        from rewards.remote.http import HttpScorer
+
+        return HttpScorer(address.url)
+    from rewards.remote.chat import ChatScorer
+
+    return ChatScorer(address.url, address.model)

@@ -24,6 +24,7 @@ from torch import nn
 
 from fdfo.config.errors import UserError, brief
 from fdfo.model.acceleration import PinnedWeights
+from rewards.presets import is_own_code
 
 
 class Scorer(Protocol):
@@ -79,7 +80,7 @@ def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.
 
     def score() -> torch.Tensor:
         with own_habits():
-            return scorer.score(list(prompts), images.clone()) if ":" in name else scorer.score(prompts, images)
+            return scorer.score(list(prompts), images.clone()) if is_own_code(name) else scorer.score(prompts, images)
 
     try:
         values = score()

@@ -5,8 +5,10 @@ import sys
 import torch
 
 from fdfo.distributed.launch import run_command_line, start_job
+from fdfo.storage.prompts import Prompt
 from rewards.vlm.judge import QUESTIONS, Vlm, VlmScorer
 from rewards.vlm.pair import VlmPairJudge
+from rewards.vlm.questions import VlmQuestions
 
 
 def main() -> None:
@@ -21,6 +23,8 @@ def main() -> None:
         scores = [VlmScorer(judge, QUESTIONS["vlm_alignment_train"], "training").score(captions, images) for judge in judges]
         pairs = len(captions) // 2
         scores += [VlmPairJudge(judge).compare(captions[:pairs], images[:pairs], images[pairs:]) for judge in judges]
+        asked = [Prompt(caption, [f"Is it {caption}?", "Is it red?"][: 1 + i % 2]) for i, caption in enumerate(captions)]
+        scores += [VlmQuestions(judge, "training").score(asked, images) for judge in judges]
         results = job.gather_objects([values.tolist() for values in scores])
         if job.is_main:
             torch.save(results, sys.argv[2])

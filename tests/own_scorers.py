@@ -147,3 +147,15 @@ class ConstantLater(Brightness):
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         scores = super().score(prompts, images)
         return scores if self.calls == 1 else torch.full_like(scores, 7.0)
+
+
+class Redness(Brightness):
+    """Another scorer that works: more red than blue."""
+
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        return images.float()[:, 0].mean((1, 2)) - images.float()[:, 2].mean((1, 2))
+
+
+class RednessInThousandths(Redness):
+    def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        return 1000 * super().score(prompts, images)

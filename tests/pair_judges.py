@@ -5,7 +5,7 @@ import zlib
 
 import torch
 
-from rewards.scene import SceneScorer
+from rewards.scorers.scene import SceneScorer
 
 
 class SceneDifference:

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from tiny_dreamsim import save_dreamsim, small_vit
 
-import rewards.dreamsim
+import rewards.scorers.dreamsim
 from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
-from rewards.dreamsim import DreamSimDiversity, mean_pair_distances
+from rewards.scorers.dreamsim import DreamSimDiversity, mean_pair_distances
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,9 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> DreamSimDiversity:
     with pytest.MonkeyPatch.context() as patch:
         for loader in (clip_loader, open_clip_loader):
             patch.setattr(loader, "vit_base", small_vit)
-        patch.setattr(rewards.dreamsim, "CACHE", tmp_path_factory.mktemp("hub") / "dreamsim")
+        patch.setattr(rewards.scorers.dreamsim, "CACHE", tmp_path_factory.mktemp("hub") / "dreamsim")
         hub_folder = torch.hub.get_dir()
-        save_dreamsim(rewards.dreamsim.CACHE)
+        save_dreamsim(rewards.scorers.dreamsim.CACHE)
         scorer = DreamSimDiversity(Job(0, 1, torch.device("cpu")))
         assert torch.hub.get_dir() == hub_folder
         return scorer
@@ -65,7 +65,7 @@ def test_a_broken_download_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for loader in (clip_loader, open_clip_loader):
         monkeypatch.setattr(loader, "vit_base", small_vit)
     cache = tmp_path / "cache"
-    monkeypatch.setattr(rewards.dreamsim, "CACHE", cache)
+    monkeypatch.setattr(rewards.scorers.dreamsim, "CACHE", cache)
     save_dreamsim(cache)
     (cache / "dino_vitb16_pretrain.pth").write_bytes(b"half a file")
     with pytest.raises(UserError, match="delete"):

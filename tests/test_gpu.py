@@ -27,7 +27,7 @@ from fdfo.model.acceleration import PinnedWeights
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.memory import expected_memory, fits, fitting_plan
 from fdfo.run_folder.start import FRESH
-from rewards.clip import ClipScorer
+from rewards.scorers.clip import ClipScorer
 from rewards.vlm.judge import QUESTIONS, Vlm, VlmScorer
 
 pytestmark = pytest.mark.gpu

@@ -299,7 +299,7 @@ def test_mistakes_come_before_any_model_is_loaded(run_cli, monkeypatch: pytest.M
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("fdfo.model.images.FlowModel", fail)
-    monkeypatch.setattr("rewards.clip.CLIPModel.from_pretrained", fail)
+    monkeypatch.setattr("rewards.scorers.clip.CLIPModel.from_pretrained", fail)
     for flags in (["--num-prompts", 513], ["--checkpoint", "nowhere"], ["--metrics", "scene_clip", "beauty"]):
         assert run_cli("metrics", *DRAW, "--metrics", "scene_clip", *flags)[0] == 2
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,7 +16,18 @@ from hub_server import HubServer
 import fdfo.storage.prompts
 from fdfo.config.errors import UserError
 from fdfo.storage.hub import HPDV2, HPDV2_STYLES
-from fdfo.storage.prompts import PICKSCORE_COMMAND, PROMPT_SETS, PUBLISHED_SHA256, load_prompts
+from fdfo.storage.prompts import (
+    PICKSCORE_COMMAND,
+    PROMPT_SETS,
+    PUBLISHED_SHA256,
+    SUFFIXES,
+    Prompt,
+    find_prompts,
+    hold_out,
+    load_prompts,
+    prompts_hash,
+    questions_of,
+)
 
 PAGE = (PROMPT_SETS / "README.md").read_text()
 FETCH = """
@@ -40,9 +52,9 @@ def rows() -> dict[str, list[str]]:
 
 
 def test_the_page_names_every_set_and_tells_the_truth():
-    assert set(rows()) == {p.stem for p in PROMPT_SETS.glob("*.txt")} | {"pickscore_train", "hpdv2"}
-    for name in ("showcase", "tiny", "tiny_heldout"):
-        content = (PROMPT_SETS / f"{name}.txt").read_bytes()
+    assert set(rows()) == {p.stem for suffix in SUFFIXES for p in PROMPT_SETS.glob(f"*{suffix}")} | {"pickscore_train", "hpdv2"}
+    for name in ("showcase", "ocr", "questions", "tiny", "tiny_heldout"):
+        content = find_prompts(name).read_bytes()
         _, prompts, _, licence, size, digest = rows()[name]
         assert int(prompts.replace(",", "")) == len(load_prompts(name)) and licence == "Apache-2.0"
         assert (int(size), digest) == (len(content), hashlib.sha256(content).hexdigest())
@@ -54,6 +66,45 @@ def test_a_download_that_broke_off_is_noticed(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "pickscore_train.txt").write_text("404: Not Found")
     with pytest.raises(UserError, match=r"(?s)is not the published file.*curl"):
         load_prompts("pickscore_train")
+
+
+def test_the_set_with_questions_is_what_its_script_makes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(PROMPT_SETS)
+    import questions
+
+    assert (PROMPT_SETS / "questions.jsonl").read_text().splitlines() == questions.lines()
+    prompts = load_prompts("questions")
+    assert len(set(prompts)) == 200 and {len(questions_of(prompt)) for prompt in prompts} == {2, 3, 4}
+    training, held_out = hold_out(prompts, 20)
+    assert all(questions_of(prompt) for prompt in (*training, *held_out))
+
+
+def test_questions_go_wherever_a_prompt_goes(tmp_path: Path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a\\ncube", "questions": ["Is it  red?"]}\n\n{"prompt": "plain"}\n')
+    one, two = load_prompts(str(path))
+    assert (
+        (one, two) == ("a cube", "plain")
+        and questions_of(one) == ("Is it red?",)
+        and questions_of(two) == questions_of("text") == ()
+    )
+    assert questions_of(pickle.loads(pickle.dumps(one))) == questions_of(one) and json.dumps(one) == '"a cube"'
+    assert prompts_hash([two]) == prompts_hash(["plain"]) and prompts_hash([one]) != prompts_hash(["a cube"])
+    assert prompts_hash([one]) == prompts_hash([Prompt("a cube", ["Is it red?"])]) != prompts_hash([Prompt("a cube", ["Is it?"])])
+
+
+@pytest.mark.parametrize(
+    "line,says",
+    [
+        ("a red cube", "Line 2 of .* is not"), ('{"prompt": 7}', "Line 2"), ('{"prompt": "a", "question": ["b?"]}', "Extra inputs"),
+        ('{"prompt": "a", "questions": [" "]}', "Line 2 of .* has an empty prompt or question"), ('{"prompt": "a", "questions": "b"}', "Line 2"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_none_is_named(tmp_path: Path, line: str, says: str):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line)
+    with pytest.raises(UserError, match=says):
+        load_prompts(str(path))
 
 
 def fetch(folder: Path, files: dict[str, bytes]) -> tuple[subprocess.CompletedProcess, list[str]]:

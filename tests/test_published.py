@@ -30,8 +30,8 @@ from fdfo.model.images import quantised, quantised_as_published
 from fdfo.storage.hub import HPDV2, hub_place
 from fdfo.storage.prompts import choose_prompts, load_prompts
 from fdfo.tiny import SCENE_CLIP
-from rewards.clip import CLIP_MODELS, PUBLISHED_PROCESSORS
 from rewards.registry import build_scorers
+from rewards.scorers.clip import CLIP_MODELS, PUBLISHED_PROCESSORS
 
 HUB = "https://huggingface.co/nvidia/finite-difference-flow-optimization"
 FOLDER = "fdfo-combined-reward-cfg-2.0/epoch-0000001"

@@ -12,10 +12,10 @@ from fdfo.evaluation.health import check_first_scores
 from fdfo.tiny import SCENE_CLIP
 from fdfo.tiny.architecture import build_clip_tokenizer
 from fdfo.tiny.scenes import COLOURS, RELATIONS, SHAPES, Scene, all_scenes, render
-from rewards.clip import CLIP_MODELS, ClipScorer
 from rewards.registry import build_scorers, reward_weights
-from rewards.scene import SceneScorer
 from rewards.scorer import WeightedReward
+from rewards.scorers.clip import CLIP_MODELS, ClipScorer
+from rewards.scorers.scene import SceneScorer
 
 
 def scenes(n: int) -> list[Scene]:

@@ -1,5 +1,6 @@
 """The VLM judge on a small random Qwen2.5-VL with its real processor (docs/method.md 5)."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
+from fdfo.storage.prompts import Prompt, load_prompts
 from rewards.registry import VlmSettings, build_scorers
-from rewards.vlm.judge import QUESTIONS, Vlm, VlmScorer
+from rewards.scorer import check_prompts
+from rewards.vlm.judge import MAX_BATCH, QUESTIONS, Vlm, VlmScorer
 from rewards.vlm.pair import MAX_PAIRS, QUESTION, VlmPairJudge
+from rewards.vlm.questions import VlmQuestions
 
 CAPTIONS = [
     "a red circle",
@@ -115,7 +119,7 @@ def test_a_judge_that_cannot_be_had(job: Job, tmp_path: Path):
 
 
 def test_training_with_the_judge(folder: Path, job: Job, tmp_path: Path):
-    """The combined preset's way: two scorers, one of them the VLM, in one run."""
+    """The combined preset's way: a CLIP and the VLM, asked in two ways, in one run."""
     import dataclasses
     import json
 
@@ -125,12 +129,36 @@ def test_training_with_the_judge(folder: Path, job: Job, tmp_path: Path):
 
     config = dataclasses.replace(
         PRESETS["tiny"], sample=SampleConfig(num_solver_steps=2, resolution=64), total_pairs_per_epoch=3, num_epochs=1,
-        eval_prompts=0, runs_dir=tmp_path, reward_specs=("scene_clip=1.0", "vlm_alignment=0.1"), vlm_model_name=str(folder),
+        eval_prompts=0, runs_dir=tmp_path, reward_specs=("scene_clip=1.0", "vlm_alignment=0.1", "vlm_questions=0.1"), vlm_model_name=str(folder),
+        prompt_set="questions",
     )  # fmt: skip
     run = train(job, config)
     lines = [json.loads(line) for line in (run.folder / "training_log.jsonl").read_text().splitlines()]
     assert "the training way" in lines[0]["scorers"]["vlm_alignment_train"]
-    assert set(lines[-1]["scores"]) == {"scene_clip", "vlm_alignment_train"}
+    assert set(lines[-1]["scores"]) == {"scene_clip", "vlm_alignment_train", "vlm_questions_train"}
+
+
+@pytest.mark.parametrize("way", ["training", "metrics"])
+def test_questions_are_answered_one_by_one(folder: Path, vlm: Vlm, way: str):
+    """As many forwards as questions give the same; more of them than a batch, unequal numbers of them, control tokens."""
+    asked = [[f"Is it {i} {j}?" for j in range(1 + 6 * (i % 2))] for i in range(4)] + [["a<|im_end|>b", 'Is "it" {prompt}?']]
+    prompts = [Prompt(f"caption {i}", questions) for i, questions in enumerate(asked)]
+    images = torch.rand(5, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    images = (255 * images).round().to(torch.uint8) if way == "metrics" else images
+    scores = VlmQuestions(vlm, way).score(prompts, images)
+    ending = "Answer Yes or No." if way == "training" else "Answer with Yes or No."
+    assert sum(map(len, asked)) > MAX_BATCH and scores.std() > 0
+    asked[4][0] = "a< |im_end|>b"
+    for questions, image, score in zip(asked, images, scores.tolist(), strict=True):
+        values = [by_hand(folder, "{prompt}", f"{question} {ending}", image) / 100 for question in questions]
+        assert score == pytest.approx(100 * math.prod(values) ** (1 / len(values)), abs=1e-3)
+
+
+def test_questions_are_needed(folder: Path, job: Job):
+    scorers = build_scorers(["vlm_questions", "vlm_photo"], job, VlmSettings(str(folder)))
+    check_prompts(scorers, load_prompts("questions"))
+    with pytest.raises(UserError, match="'plain' has no questions: give a .jsonl file"):
+        check_prompts(scorers, [Prompt("a", ["b?"]), "plain"])
 
 
 def test_a_pair_is_compared_in_both_orders(folder: Path, vlm: Vlm):
@@ -169,6 +197,7 @@ def test_a_sharded_judge_scores_unequal_numbers_of_pictures(folder: Path, tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(out, weights_only=True)
     assert [len(plain) for plain, *_ in results] == [2, 20]
-    for plain, sharded, pairs, sharded_pairs in results:
+    for plain, sharded, pairs, sharded_pairs, asked, sharded_asked in results:
         torch.testing.assert_close(torch.tensor(sharded), torch.tensor(plain), rtol=0, atol=1e-3)
+        torch.testing.assert_close(torch.tensor(sharded_asked), torch.tensor(asked), rtol=0, atol=1e-3)
         torch.testing.assert_close(torch.tensor(sharded_pairs), torch.tensor(pairs), rtol=0, atol=1e-5)

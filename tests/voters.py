@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rewards.scene import SceneScorer
+from rewards.scorers.scene import SceneScorer
 
 
 class Voter:

@@ -10,7 +10,7 @@ from fdfo.config.errors import UserError
 from fdfo.config.options import Options, check_options, flag_of
 from fdfo.config.plan import plan_churn, plan_subset
 from fdfo.config.presets import PRESETS, for_people, judged_by_people
-from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig, ReportConfig, VotesConfig
+from fdfo.config.tool_options import ExportConfig, GenerateConfig, MetricsConfig, ReportConfig, ServeConfig, VotesConfig
 from fdfo.config.train_options import TrainConfig
 
 T = TypeVar("T", bound=Options)
@@ -82,10 +82,12 @@ def timeout_minutes(argv: Sequence[str]) -> float:
 
 
 def check_own_code(argv: Sequence[str], config: TrainConfig) -> None:
-    """Raise UserError if only a config.json names code to run: the file may be someone else's, so the user must name it too."""
+    """Raise UserError if only a config.json names code to run, or a server that gets prompts, images and the user's key: the file may
+    be someone else's, so the user must name it too."""
     for flag, names in (("--reward-specs", config.reward_specs), ("--eval-metrics", config.eval_metrics)):
         if any(":" in name for name in names) and not flag_value(argv, flag):
-            raise UserError(f"The run to resume uses code of your own: say so again with {flag} {' '.join(names)}.")
+            kind = "a server" if all("://" in name or ":" not in name for name in names) else "code of your own"
+            raise UserError(f"The run to resume uses {kind}: say so again with {flag} {' '.join(names)}.")
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -178,3 +180,8 @@ def parse_votes_config(argv: Sequence[str]) -> VotesConfig:
     if config.export is not None and os.path.lexists(config.export):
         raise UserError(f"{config.export} exists already: give --export the name of a new folder.")
     return config
+
+
+def parse_serve_config(argv: Sequence[str]) -> ServeConfig:
+    """Parse the command line of rewards.serve. Raises UserError."""
+    return parse(ServeConfig, argv, prog="python -m rewards.serve", config=(tyro.conf.PositionalRequiredArgs,))

@@ -1,4 +1,4 @@
-"""The options of generate.py, metrics.py, fdfo.export, fdfo.report and fdfo.votes."""
+"""The options of generate.py, metrics.py, fdfo.export, fdfo.report, fdfo.votes and rewards.serve."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +52,9 @@ class MetricsConfig(Options):
     """Score the images that checkpoints, or the base model, draw for a prompt set; or score a folder of images."""
 
     metrics: tuple[str, ...] = ("pickscore",)
-    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, dreamsim_diversity, pixel_diversity, scene,
-    scene_clip; vlm_..._train asks the question of training; MODULE:CLASS is a scorer of your own"""
+    """scorers: pickscore, hpsv2, clip_h14, clip_l14, vlm_alignment, vlm_quality, vlm_photo, vlm_questions, ocr, ocr_tesseract,
+    dreamsim_diversity, pixel_diversity, scene, scene_clip; vlm_..._train asks the question of training; MODULE:CLASS is a scorer of
+    your own, http://HOST:PORT/PATH a server"""
     checkpoint: tuple[Text, ...] = ()
     """one or more of: checkpoint folder, run folder (all its checkpoints), hub URL, hf:OWNER/NAME/FOLDER, or the word base; the base
     model if left out"""
@@ -65,7 +66,7 @@ class MetricsConfig(Options):
     """score the images of this folder instead of drawing any. Each entry, an image or a sub-folder of images, belongs to one prompt:
     named by the prompt's number in the prompt set, from 0 (000012.png, 000012/1.png), or by the prompt itself (a red fox.png)"""
     prompt_set: str = "hpdv2"
-    """name in prompt_sets/, or a text file with one prompt per line"""
+    """name in prompt_sets/, or a text file with one prompt per line, or .jsonl with questions for vlm_questions"""
     num_prompts: Count = 500
     """number of prompts: the first of the shuffled set"""
     num_repeats: Count = 1
@@ -144,3 +145,17 @@ class VotesConfig(Options):
     """scorer to compare with: pickscore, hpsv2, clip_h14, scene, vlm_alignment, ...; MODULE:CLASS is one of your own"""
     export: Path | None = None
     """new folder for the votes and their images, which datasets.load_dataset reads"""
+
+
+@dataclass(frozen=True)
+class ServeConfig(Options):
+    """Serve a scorer over HTTP, so that a run elsewhere can use it: --reward-specs http://HOST:PORT/score=1.0."""
+
+    scorer: Name
+    """a scorer of single images, or MODULE:CLASS of your own"""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """port to serve on; 0: any free one"""
+    host: Text = "127.0.0.1"
+    """address to serve on. There is no password: whoever can reach another address than this machine's own can ask for scores"""
+    vlm_model: str = "qwenvl-7b"
+    """judge of the vlm scorers: qwenvl-7b, qwenvl-3b, qwenvl-72b, a hub id or a folder"""

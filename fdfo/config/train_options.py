@@ -127,7 +127,7 @@ class TrainConfig(Options):
     """hub id or folder of the pipeline to train (Stable Diffusion 3, FLUX.2-klein or Z-Image: docs/bases.md), or tiny for the bundled
     one"""
     prompt_set: Name = "pickscore_train"
-    """name in prompt_sets/, or a text file with one prompt per line"""
+    """name in prompt_sets/, or a text file with one prompt per line, or .jsonl with questions for vlm_questions"""
     total_pairs_per_epoch: Count = 432
     """pairs sampled per epoch by all processes together"""
     gradient_steps_per_epoch: Count = 4
@@ -138,7 +138,11 @@ class TrainConfig(Options):
     """weighted set of scorers: pickscore, vlm_alignment, combined, or scene (for the tiny preset); vlm_pair; or human, where people
     choose on a page in the browser, with defaults of its own for the size of an epoch and the like (docs/human.md)"""
     reward_specs: tuple[Name, ...] = ()
-    """scorers and weights of your own instead of a preset: NAME=WEIGHT or MODULE:CLASS=WEIGHT"""
+    """scorers and weights of your own instead of a preset: NAME=WEIGHT, MODULE:CLASS=WEIGHT, or the address of a server, such as
+    http://127.0.0.1:8000/score=1.0 (docs/rewards.md)"""
+    reward_scale: Literal["off", "std"] = "off"
+    """off: scorers are summed with their weights, as published; std: each scorer's differences within pairs are divided by their
+    running spread first, so that equal weights pull equally"""
     human_port: Annotated[int, Field(ge=0, le=65535), FREE] = 8321
     """port of the page on which people judge; 0: any free one"""
     human_host: Annotated[Text, FREE] = "127.0.0.1"

@@ -16,7 +16,7 @@ from fdfo.report.sheets import grid_sheet, save_sheet
 from fdfo.run_folder.find_checkpoint import all_checkpoints, epochs_and_steps
 from fdfo.run_folder.log import RunLog
 from fdfo.run_folder.save_checkpoint import point_to_best
-from fdfo.storage.atomic_files import json_hash
+from fdfo.storage.prompts import prompts_hash
 from rewards.presets import SET_SCORERS
 
 SHOWN_IMAGES = 12  # of a sheet
@@ -33,7 +33,7 @@ def record(log: RunLog, held_out: HeldOut, evaluation: Evaluation, images: torch
     summaries = {name: summarise(values) for name, values in evaluation.scores.items()}
     best = best_epoch(evaluations, held_out.metrics, saved_epochs(log.run))
     log.write(
-        "eval", evaluation.epoch, prompts=len(held_out.prompts), prompt_sum=json_hash(held_out.prompts), repeats=held_out.repeats,
+        "eval", evaluation.epoch, prompts=len(held_out.prompts), prompt_sum=prompts_hash(held_out.prompts), repeats=held_out.repeats,
         held_out=list(held_out.metrics), scores=evaluation.scores,
         means={name: summary.mean for name, summary in summaries.items()},
         standard_errors={name: summary.standard_error for name, summary in summaries.items()},

@@ -9,6 +9,7 @@ from fdfo.config.train_options import TrainConfig
 from fdfo.evaluation.health import StepStats
 from fdfo.model.flow_model import FlowModel
 from fdfo.run_folder.save_checkpoint import TrainingState
+from rewards.spread import Spread
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Progress:
     steps: list[StepStats] = field(default_factory=list)  # optimizer steps done of the next epoch
     samples: int = 0  # samples of all optimizer steps so far; 0 before the first update
     epoch_start: list[torch.Tensor] = field(default_factory=list)  # the LoRA that samples the next epoch, on the CPU
+    spread: Spread = field(default_factory=Spread)  # of the scorers' differences, over the whole epochs
 
 
 @dataclass
@@ -82,7 +84,10 @@ class Learner:
         names = [name for name, _ in self.model.named_trainable()] if progress.steps else []
         steps = [dataclasses.asdict(step) for step in progress.steps]
         start = dict(zip(names, progress.epoch_start, strict=False))
-        return TrainingState(progress.epochs, steps, progress.samples, dataclasses.asdict(self.scale), moments, start)
+        return TrainingState(
+            progress.epochs, steps, progress.samples, dataclasses.asdict(self.scale), moments, start,
+            spread=dataclasses.asdict(progress.spread),
+        )  # fmt: skip
 
     def restore(self, state: TrainingState) -> None:
         """Restore what state() returned; the LoRA is loaded already. Raises KeyError, TypeError or ValueError if it does not fit."""
@@ -97,7 +102,7 @@ class Learner:
                 tensor.copy_(same_shape(state.epoch_start[name], tensor))
         steps = [StepStats(**step) for step in state.steps]
         self.scale = LossScale(**state.loss_scale)
-        self.progress = Progress(int(state.epochs), steps, int(state.samples), start)
+        self.progress = Progress(int(state.epochs), steps, int(state.samples), start, Spread(**state.spread))
 
 
 def same_shape(tensor: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from fdfo.run_folder.folder import check_log, check_writable, open_folder
 from fdfo.run_folder.log import RunLog
 from fdfo.run_folder.save_checkpoint import TrainingState, changed_settings, damaged, load_checkpoint
 from fdfo.run_folder.start import AUTO, Start
-from fdfo.storage.atomic_files import json_hash
+from fdfo.storage.prompts import prompts_hash
 from fdfo.vote_page.server import listen
 from rewards.human import HumanJudge, read_recorded, set_aside_votes
 from rewards.presets import HUMAN, VLM_SCORERS, VLM_TRAINING_SCORERS
@@ -118,7 +118,7 @@ def evaluated_names(weights: dict[str, float], config: TrainConfig) -> set[str]:
 
 def check_remaining(config: TrainConfig, start: Start, state: TrainingState, split: PromptSplit, evaluated: set[int]) -> None:
     """Raise UserError if a run to resume was trained on other prompts, or if nothing is left to do. evaluated: epochs."""
-    if state.prompts != json_hash(split.training):  # the order of prompts depends on their place in the set
+    if state.prompts != prompts_hash(split.training):  # the order of prompts depends on their place in the set
         raise UserError(
             f"The prompts to train on are not those of {start.checkpoint.folder}: restore the prompt file, or start a new run."
         )

@@ -193,6 +193,12 @@ def score_share(rollout: Rollout, images: torch.Tensor, reward: WeightedReward) 
     return Differences(dx, dR, total, scores, ~finite)
 
 
+def weigh_again(differences: Differences, weights: dict[str, float]) -> None:
+    """Take the differences of the rewards again, with other weights of the scorers. The reward itself stays in the scorers' units."""
+    total = sum(weight * pair_deviation(differences.scores[name]) for name, weight in weights.items())
+    differences.dR = torch.where(differences.dropped, torch.zeros_like(total), total)
+
+
 def whole_pairs(branches: torch.Tensor) -> torch.Tensor:
     """Return, for each branch, whether both branches of its pair are True: [2P] bool -> [2P] bool."""
     return branches.view(-1, 2).all(1).repeat_interleave(2)

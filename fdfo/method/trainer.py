@@ -27,7 +27,7 @@ from fdfo.evaluation.record import best_of
 from fdfo.evaluation.statistics import mean
 from fdfo.method.evaluate import evaluate, evaluated_after, prune, strict_stop
 from fdfo.method.prepare import Run, announce, prepare
-from fdfo.method.rollout import Differences, PairShare, Rollout, sample_share, score_share
+from fdfo.method.rollout import Differences, PairShare, Rollout, sample_share, score_share, weigh_again
 from fdfo.method.update import EpochData, optimizer_step, step_samples
 from fdfo.model.images import finite_rows, one_colour, quantised
 from fdfo.model.memory import fitting_plan
@@ -35,9 +35,9 @@ from fdfo.report.console import launcher, print_epoch, resume_command
 from fdfo.report.sheets import ShownPair, pair_sheet, save_sheet
 from fdfo.run_folder.save_checkpoint import point_to_best, save_checkpoint
 from fdfo.run_folder.start import FRESH, Start
-from fdfo.storage.atomic_files import json_hash
-from fdfo.storage.prompts import epoch_prompts
+from fdfo.storage.prompts import epoch_prompts, prompts_hash
 from rewards.scorer import describe
+from rewards.spread import Spread
 
 SHOWN_PAIRS = 8  # of a sheet
 
@@ -83,6 +83,7 @@ class Experience:
     rollout: Rollout
     differences: Differences
     one_colour: torch.Tensor  # [2P], 1 for an image of one colour
+    spread: Spread  # of the scorers' differences, with this epoch's
     shown: list[ShownPair]  # for the sheet of pairs; empty if no evaluation follows the epoch
 
 
@@ -122,12 +123,16 @@ def collect(run: Run, stages: Stages) -> Experience:
     else:
         rollout, images = sample_for_people(run, stages, share)
     with stages("reward", epoch + 1):
-        differences = score_share(rollout, images, run.judges.reward)
+        differences, reward = score_share(rollout, images, run.judges.reward), run.judges.reward
+    scores = gather_scores(run.job, differences.scores)
     if run.progress.samples == 0:
-        check_first_scores(gather_scores(run.job, differences.scores), run.judges.reward.judges)
+        check_first_scores(scores, reward.judges)
+    spread = run.progress.spread.after(scores)
+    if config.reward_scale == "std":
+        weigh_again(differences, spread.divide(reward.weights))
     check_pairs_left(run.job, epoch + 1, differences.dropped, finite_rows(images), differences.scores)
     shown = shown_pairs(rollout, differences, images) if evaluated_after(run, epoch + 1) else []
-    return Experience(rollout, differences, one_colour(images), shown)
+    return Experience(rollout, differences, one_colour(images), spread, shown)
 
 
 def sample_for_people(run: Run, stages: Stages, share: PairShare) -> tuple[Rollout, torch.Tensor]:
@@ -199,14 +204,15 @@ def finish_epoch(run: Run, stages: Stages, experience: Experience) -> list[str]:
         scores=lists,
         judges=run.judges.reward.judges,
     )
-    steps, progress.steps, progress.epochs = progress.steps, [], progress.epochs + 1
+    steps, progress.steps, progress.epochs, progress.spread = progress.steps, [], progress.epochs + 1, experience.spread
     numbers = epoch_numbers(epoch, steps, relative_change(progress.epoch_start, run.model.adapter_copy()))
     warnings = job.on_main(
         lambda: run.health.check(numbers, epoch.broken, mean(epoch.one_colour), steps)
     )  # rank 0 alone has read the log of a resumed run
     seconds = stages.clock.read()
     memory = {"memory_gib": memory_gib(job.device), "peak_memory_gib": peak_memory_gib(job.device)}
-    run.log.write("epoch", progress.epochs, **numbers, warnings=warnings, seconds=seconds, **memory)
+    spread = {name: progress.spread.of(name) for name in found.scores}
+    run.log.write("epoch", progress.epochs, **numbers, spread=spread, warnings=warnings, seconds=seconds, **memory)
     print_epoch(job, f"{progress.epochs}/{run.config.num_epochs}", numbers, sum(seconds.values()), warnings)
     return warnings
 
@@ -219,7 +225,7 @@ def save(run: Run) -> None:
             f"{run.folder} with a lower --train.learning-rate."
         )
     state = dataclasses.replace(
-        run.learner.state(), settings=deciding_settings(run.config), prompts=json_hash(run.prompts),
+        run.learner.state(), settings=deciding_settings(run.config), prompts=prompts_hash(run.prompts),
         evaluated=[line["epoch"] for line in run.log.evaluations],
     )  # fmt: skip
     save_checkpoint(run.folder, run.config, run.model, state)

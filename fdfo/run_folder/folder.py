@@ -18,7 +18,8 @@ from fdfo.run_folder.find_checkpoint import CONFIG, all_checkpoints, epochs_and_
 from fdfo.run_folder.log import LOG, damaged_line, evaluation_due, read_intact_log
 from fdfo.run_folder.save_checkpoint import TrainingState
 from fdfo.run_folder.start import Start
-from fdfo.storage.atomic_files import atomic_folder, json_hash, write_text
+from fdfo.storage.atomic_files import atomic_folder, write_text
+from fdfo.storage.prompts import prompts_hash
 
 SHEET_NAME = re.compile(r"(?:epoch|pairs)-(\d{7,})\.jpg")
 
@@ -130,7 +131,7 @@ def check_log(
     Raises UserError unless it has every epoch and evaluation up to the state, and evaluations by these scorers on these prompts. An
     evaluation need not be there if --eval-every has changed so that it was not due. state: None to begin again.
     """
-    lines, before, now = read_intact_log(run), read_config(run), json_hash(held_out)
+    lines, before, now = read_intact_log(run), read_config(run), prompts_hash(held_out)
     epochs, evaluated = (0, []) if state is None else (state.epochs, state.evaluated)
     due = [epoch for epoch in evaluated if evaluation_due(config, epoch) and evaluation_due(before, epoch)]
     wanted = [("epoch", epoch) for epoch in range(1, epochs + 1)] + [("eval", epoch) for epoch in due]

@@ -36,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What resumes a run, as JSON values and tensors on the CPU. The last three fields say which run it is."""
+    """What resumes a run, as JSON values and tensors on the CPU. Settings, prompts and evaluated say which run it is."""
 
     epochs: int  # whole ones
     steps: list[dict]  # statistics of the optimizer steps done in the next epoch
@@ -47,6 +47,7 @@ class TrainingState:
     settings: dict | None = None  # that affect results, by dotted name; None in early versions
     prompts: str = ""  # hash of those to train on
     evaluated: list[int] = field(default_factory=list)  # epochs after which the run was evaluated so far
+    spread: dict = field(default_factory=dict)  # of the scorers' differences; empty in early versions
 
 
 def changed_settings(config: TrainConfig, run: Path, state: TrainingState) -> dict[str, tuple[object, object]]:
@@ -78,6 +79,7 @@ def save_checkpoint(run: Path, config: TrainConfig, model: FlowModel, state: Tra
         "settings": state.settings,
         "prompts": state.prompts,
         "evaluated": state.evaluated,
+        "spread": state.spread,
     }
     try:
         if not (run / CONFIG).is_file():
@@ -116,6 +118,7 @@ def load_checkpoint(checkpoint: Checkpoint) -> TrainingState:
             epochs, steps, values["samples"], values["loss_scale"], load_file(folder / TENSORS), start,
             values["settings"] if isinstance(values["settings"], dict) else None,
             values["prompts"], [int(epoch) for epoch in values.get("evaluated", [])],
+            values.get("spread", {}),
         )  # fmt: skip
         if not folder.name.endswith(checkpoint_name(epochs, len(steps))):
             raise ValueError(f"it is the state of {checkpoint_name(epochs, len(steps))}")

@@ -27,6 +27,7 @@ QUESTIONS = {
 }
 TRAINING_SIZE = 504  # side to which the training way resizes images, pixels
 MAX_BATCH = 16
+Way = Literal["training", "metrics"]  # how images are prepared (docs/method.md 5)
 LENGTH_STEP = 256  # tokens of image, question and caption together; 512 hold a caption of about 150
 
 
@@ -103,7 +104,7 @@ class VlmScorer:
     neither rescales nor resizes; "metrics": through the model's own processor (docs/method.md 5).
     """
 
-    def __init__(self, vlm: Vlm, question: str, preprocessing: Literal["training", "metrics"]):
+    def __init__(self, vlm: Vlm, question: str, preprocessing: Way):
         self.vlm, self.model, self.question, self.preprocessing = vlm, vlm.model, question, preprocessing
         self.description = f"{vlm.name}, asked {question!r}, images prepared the {preprocessing} way"
 
@@ -122,12 +123,15 @@ class VlmScorer:
 
     def _score_batch(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         texts = [self.vlm.dialogue(self.question, prompt) for prompt in prompts]
-        images, answers = images.to(self.vlm.job.device), self.vlm.yes_no
-        if self.preprocessing == "metrics":
-            rescale = images.dtype == torch.uint8
-            return 100 * torch.sigmoid(self.vlm.margin(texts, images[:, None], answers, rescale, resize=True))
-        resized = training_images(images)[:, None]
-        return 100 * torch.sigmoid(self.vlm.margin(texts, resized, answers, rescale=False, resize=False))
+        return 100 * torch.sigmoid(yes_margin(self.vlm, texts, images, self.preprocessing))
+
+
+def yes_margin(vlm: Vlm, texts: list[str], images: torch.Tensor, preprocessing: Way) -> torch.Tensor:
+    """Return logit Yes - logit No: texts [N] from dialogue(), images [N, 3, H, W] float in [0, 1] or uint8 -> [N] float32."""
+    images, answers = images.to(vlm.job.device), vlm.yes_no
+    if preprocessing == "metrics":
+        return vlm.margin(texts, images[:, None], answers, rescale=images.dtype == torch.uint8, resize=True)
+    return vlm.margin(texts, training_images(images)[:, None], answers, rescale=False, resize=False)
 
 
 def training_images(images: torch.Tensor) -> torch.Tensor:
