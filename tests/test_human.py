@@ -210,7 +210,7 @@ def test_killed_between_votes(tmp_path: Path):
 def test_the_defaults_for_people_and_their_flags(run_cli, tmp_path: Path):
     config = parse_train_config(["--preset", "tiny", "--reward-preset", "human"])
     assert (config.total_pairs_per_epoch, config.save_freq, config.eval_every) == (64, 1, 1) and "scene" in config.eval_metrics
-    assert (config.train.learning_rate, config.churn.weight) == (5e-4, 0.05)
+    assert config.train.learning_rate == 5e-4
     assert parse_train_config(["--reward-specs", "human=1", "--total-pairs-per-epoch", "8"]).total_pairs_per_epoch == 8
     assert parse_train_config(["--preset", "tiny"]).total_pairs_per_epoch == 128
     for flags, says in (

@@ -50,6 +50,5 @@ def for_people(preset: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         preset, total_pairs_per_epoch=64, num_epochs=10 if tiny else 50, save_freq=1, eval_every=1 if tiny else 5,
         train=dataclasses.replace(preset.train, learning_rate=5e-4) if tiny else preset.train,
-        churn=ChurnConfig(weight=0.05) if tiny else preset.churn,
         eval_metrics=("scene", *preset.eval_metrics) if tiny else preset.eval_metrics,
     )  # fmt: skip

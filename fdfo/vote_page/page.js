@@ -16,6 +16,7 @@ let queue = []; // pairs that this tab holds; the first one is on the screen
 let shown = null; // the pair on the screen
 let shownAt = 0; // performance.now() when it came
 let busy = false; // a vote or an undo is on its way
+let stuck = ""; // why a choice that is on its way does not arrive
 let asking = false; // a request for pairs is on its way
 let restarted = false; // the trainer was, and does not know yet what this tab holds
 let undone = 0; // undos so far
@@ -40,11 +41,15 @@ async function insist(path, message) {
   for (;;) {
     try {
       const answer = await ask(path, message);
-      if (!answer.again) return answer;
-      trouble(answer.refused);
+      if (!answer.again) {
+        stuck = "";
+        return answer;
+      }
+      stuck = answer.refused;
     } catch {
-      trouble("The trainer does not answer. Your choice is kept and sent again.");
+      stuck = "The trainer does not answer. Your choice is kept and sent again.";
     }
+    trouble(stuck);
     await pause(WAIT);
   }
 }
@@ -222,9 +227,11 @@ function drawState() {
   const waits = stage.name.startsWith("waiting"); // for people: the counter of the epoch says how far they are
   const count = stage.total && !waits ? `: ${stage.done} of ${stage.total} ${stage.unit}` : "";
   const time = state.seconds_left >= 1 && !waits ? `, ${duration(state.seconds_left)} left` : "";
-  const status = byId("status");
-  status.classList.remove("trouble");
-  status.textContent = `Trainer: ${stage.name}${count}${time}`;
+  if (stuck) trouble(stuck);
+  else {
+    byId("status").classList.remove("trouble");
+    byId("status").textContent = `Trainer: ${stage.name}${count}${time}`;
+  }
   byId("run").textContent = state.run;
   byId("epoch").textContent = epoch === null ? "FDFO" : `Epoch ${epoch + 1} of ${state.epochs}`;
   byId("people").textContent = state.people > 1 ? `${state.people} people judge, you as` : "You are";
