@@ -1,4 +1,4 @@
-"""Run under torchrun by test_distributed.py: saves what must not depend on the number of processes.
+"""Run on several processes by test_distributed.py: saves what must not depend on the number of processes.
 
 torchrun --nproc_per_node=K tests/distributed_probe.py OUT.pt RUNS_DIR PAIRS [STEPS_PER_TRAJECTORY BRANCHES]
 """

@@ -1,10 +1,11 @@
-"""1, 2 and 3 processes under torchrun: the same prompts, noise and gradient, and the same adapter up to rounding."""
+"""1, 2 and 3 processes: the same prompts, noise and gradient, and the same adapter up to rounding."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import torchrun
+from ranks import run_ranks
 
 PAIRS = 20  # not divisible by 3
 
@@ -14,7 +15,7 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     folder, results = tmp_path_factory.mktemp("probes"), {}
     for processes in (1, 2, 3):
         out = folder / f"{processes}.pt"
-        done = torchrun(processes, ROOT / "tests" / "distributed_probe.py", out, folder / f"runs{processes}", PAIRS)
+        done = run_ranks(processes, "tests/distributed_probe.py", out, folder / f"runs{processes}", PAIRS)
         assert done.returncode == 0, done.stderr[-3000:]
         results[processes] = torch.load(out, weights_only=True)
     return results

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
 from PIL import Image
+from ranks import run_ranks
 from signal_inside import signal_inside
 from test_heldout import JOB, evaluated, of
 from test_training import comparable, log_of
@@ -159,7 +159,7 @@ def test_a_sheet_that_cannot_be_written_is_told_and_the_run_goes_on(tmp_path: Pa
     run = shutil.copytree(first, tmp_path / "copy", symlinks=True)  # since this process has claimed the first
     shutil.rmtree(run / "samples")
     (run / "samples").touch()
-    done = torchrun(2, ROOT / "train.py", "--resume-from", run, "--num-epochs", 2)
+    done = run_ranks(2, "train.py", "--resume-from", run, "--num-epochs", 2)
     assert done.returncode == 0 and done.stdout.count("pairs-0000002.jpg cannot be written") == 1, done.stderr
 
 

@@ -9,10 +9,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, FAMILIES, ROOT, torchrun
+from conftest import CPU, FAMILIES
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
+from ranks import run_ranks
 from test_training import comparable, log_of, small
 
 from fdfo.config.errors import UserError
@@ -131,7 +132,7 @@ def test_compiled_epochs_in_bfloat16(bases: dict[str, str], name: str, tmp_path:
 def test_two_processes_train_the_same_adapters(bases: dict[str, str], tmp_path: Path):
     """With whole transformers, and to the bit alike with transformers spread over the two."""
     models = [bases[name] for name in FAMILIES]
-    done = torchrun(2, ROOT / "tests" / "family_probe.py", tmp_path / "two.pt", tmp_path / "two", *models)
+    done = run_ranks(2, "tests/family_probe.py", tmp_path / "two.pt", tmp_path / "two", *models)
     assert done.returncode == 0, done.stderr[-3000:]
     adapters = torch.load(tmp_path / "two.pt", weights_only=True)
     for model, two, sharded in zip(models, adapters[::2], adapters[1::2], strict=True):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
+from ranks import run_ranks
 from signal_inside import signal_inside
 from test_training import comparable, log_of, small
 
@@ -96,8 +97,8 @@ def test_pictures_are_those_of_the_stock_pipeline(tiny: FlowModel, tmp_path: Pat
 @pytest.mark.parametrize("processes", [2, 3])
 def test_numbers_do_not_depend_on_the_number_of_processes(straight: Path, tmp_path: Path, processes: int):
     """Two prompts on three processes leave one without any."""
-    done = torchrun(
-        processes, ROOT / "train.py", "--preset", "tiny", "--total-pairs-per-epoch", 6, "--sample.num-solver-steps", 4, "--num-epochs", 2,
+    done = run_ranks(
+        processes, "train.py", "--preset", "tiny", "--total-pairs-per-epoch", 6, "--sample.num-solver-steps", 4, "--num-epochs", 2,
         "--eval-prompts", 2, "--eval-every", 2, "--seed", 4, "--runs-dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
+from ranks import run_ranks
 from safetensors.torch import load_file
 from signal_inside import signal_inside
 from test_training import comparable, log_of, small
@@ -181,7 +182,7 @@ def test_two_processes_and_three_people(tmp_path: Path):
     flags = ("--preset", "tiny", "--reward-preset", "human", "--total-pairs-per-epoch", 7, "--sample.num-solver-steps", 4,
              "--sample.batch-size", 3, "--max-batch-size", 6, "--num-epochs", 2, "--eval-prompts", 0, "--human-port", port, "--runs-dir")  # fmt: skip
     with Voting(port, "Ann") as ann, Voting(port, "Ben") as ben, Voting(port, "Cho") as cho:
-        done = torchrun(2, "train.py", *flags, tmp_path / "two")
+        done = run_ranks(2, "train.py", *flags, tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(rf"judge the pairs at +http://127.0.0.1:{port}/", done.stdout)
     folder = tmp_path / "two" / "00000-human-cfg_1p0"

@@ -14,10 +14,10 @@ def test_a_few_epochs_raise_the_held_out_reward(job: Job, tmp_path: Path):
     tiny = PRESETS["tiny"]
     config = dataclasses.replace(
         tiny,
-        train=dataclasses.replace(tiny.train, learning_rate=4e-4),
+        train=dataclasses.replace(tiny.train, learning_rate=5e-4),
         total_pairs_per_epoch=64,
-        num_epochs=8,
-        eval_every=8,
+        num_epochs=5,
+        eval_every=5,
         runs_dir=tmp_path,
     )
     first, last = map(evaluation_of, train(job, config).log.evaluations)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, torchrun
+from conftest import ROOT, TINY_RUN
 from PIL import Image
+from ranks import run_ranks
 
 from fdfo.config.plan import ImageSettings
 from fdfo.config.presets import PRESETS
@@ -52,7 +53,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for count in (1, 2, 3):
         command = ["metrics.py", *DRAW, "--num-prompts", 7, "--num-repeats", 2, "--metrics", "scene", "scene_clip", "--per-prompt",
                    "--out", folder / f"{count}.json", "--save-images", folder / str(count), "--prompt-seed", 3]  # fmt: skip
-        done = torchrun(count, *command)
+        done = run_ranks(count, *command)
         assert done.returncode == 0, done.stderr[-3000:]
     return {count: folder / str(count) for count in (1, 2, 3)}
 

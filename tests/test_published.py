@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
 from hub_server import HubServer
 from PIL import Image
+from ranks import run_ranks
 from test_prompt_sets import hpdv2
 from test_training import small
 
@@ -165,7 +166,7 @@ def test_seeds_are_those_of_the_published_processes(run_cli, monkeypatch: pytest
     eight = drawn(run_cli, monkeypatch, tmp_path / "eight", "--as-published")
     assert eight[1] == [100, 101] * 5 and eight[3]["results"][0]["pictures"]["published_processes"] == 8
     assert eight[3]["config"]["as_published"]
-    done = torchrun(2, "metrics.py", *DRAW, "--as-published", "--published-processes", 2, "--save-images", tmp_path / "again")
+    done = run_ranks(2, "metrics.py", *DRAW, "--as-published", "--published-processes", 2, "--save-images", tmp_path / "again")
     assert done.returncode == 0, done.stderr[-3000:]
     assert np.abs(images_in(tmp_path / "again") - two[2]).max() <= 1
 

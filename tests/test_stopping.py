@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, torchrun
+from ranks import run_ranks
 from safetensors.torch import load_file
 from signal_inside import signal_inside
 from test_training import comparable, small
@@ -96,7 +97,7 @@ def test_each_step_of_an_epoch_can_be_the_last(job: Job, tmp_path: Path, straigh
 
 
 def test_two_processes_stop_together_and_go_on_to_the_bit(tmp_path: Path):
-    done = torchrun(2, ROOT / "tests" / "stop_probe.py", tmp_path)
+    done = run_ranks(2, "tests/stop_probe.py", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("stopped in") == 5 and "the same adapter and log" in done.stdout
 
@@ -114,9 +115,9 @@ def test_two_processes_go_on_as_one_and_then_as_three(tmp_path: Path, run_cli, m
     monkeypatch.delenv("STOP_RANK")
     code, _, err = run_cli("train", "--resume-from", run)
     assert code == 2 and "uses code of your own: say so again with --reward-specs" in err
-    done = torchrun(1, "train.py", "--resume-from", run, *own, "--num-epochs", 3)
+    done = run_ranks(1, "train.py", "--resume-from", run, *own, "--num-epochs", 3)
     assert done.returncode == 0, done.stderr[-3000:]
-    done = torchrun(3, "train.py", "--resume-from", run, *own, "--num-epochs", 5)
+    done = run_ranks(3, "train.py", "--resume-from", run, *own, "--num-epochs", 5)
     assert done.returncode == 0, done.stderr[-3000:]
     assert run_cli("train", *flags, tmp_path / "straight", *own)[0] == 0
     straight, model = final_state(tmp_path / "straight" / run.name, 5), FlowModel("tiny", "fp32", torch.device("cpu"))

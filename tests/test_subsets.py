@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
+from ranks import run_ranks
 from test_stopping import final_state, same, stopped
 from test_training import comparable, first_rollout, log_of, small
 
@@ -234,8 +235,7 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     folder, results = tmp_path_factory.mktemp("probes"), {}
     for processes in (1, 2, 3):
         out = folder / f"{processes}.pt"
-        probe = ROOT / "tests" / "distributed_probe.py"
-        done = torchrun(processes, probe, out, folder / f"runs{processes}", 20, 3, "one")
+        done = run_ranks(processes, "tests/distributed_probe.py", out, folder / f"runs{processes}", 20, 3, "one")
         assert done.returncode == 0, done.stderr[-3000:]
         results[processes] = torch.load(out, weights_only=True)
     return results

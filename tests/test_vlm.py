@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, torchrun
 from PIL import Image
+from ranks import run_ranks
 from tiny_qwen import save_tiny_qwen
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
@@ -193,7 +193,7 @@ def test_a_pair_is_compared_in_both_orders(folder: Path, vlm: Vlm):
 
 def test_a_sharded_judge_scores_unequal_numbers_of_pictures(folder: Path, tmp_path: Path):
     out = tmp_path / "scores.pt"
-    done = torchrun(2, ROOT / "tests" / "fsdp_probe.py", folder, out)
+    done = run_ranks(2, "tests/fsdp_probe.py", folder, out)
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(out, weights_only=True)
     assert [len(plain) for plain, *_ in results] == [2, 20]
