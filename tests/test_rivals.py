@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU, ROOT
 
 from fdfo.config.errors import UserError
 from fdfo.config.options import to_json
@@ -134,16 +134,21 @@ def test_rewards_become_probabilities():
 # runs
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The line of the evaluation before training, of train.py."""
+    small = {"num_epochs": 1, "total_pairs_per_epoch": 8, "eval_every": 5, "eval_prompts": 8}
+    config = dataclasses.replace(PRESETS["tiny"], **small, runs_dir=tmp_path_factory.mktemp("base"))
+    return train(Job(0, 1, CPU), config).log.evaluations[0]
+
+
 RIVALS = [(FlowGrpo, FlowGrpoOptions(**SMALL, kl_weight=0.01)), (DiffusionNft, NftOptions(**SMALL, noise_levels=4))]
 
 
 @pytest.mark.parametrize("rival, options", RIVALS)
-def test_a_rival_starts_as_train_py_and_logs_as_it_does(rival: type, options: RivalOptions, job: Job, tmp_path: Path):
-    tiny = PRESETS["tiny"]
+def test_a_rival_starts_as_train_py_and_logs_as_it_does(rival: type, options: RivalOptions, base: dict, job: Job, tmp_path: Path):
     run = train_rival(job, dataclasses.replace(options, out=tmp_path), rival)
-    own = dataclasses.replace(tiny, num_epochs=1, total_pairs_per_epoch=8, eval_every=5, eval_prompts=8, runs_dir=tmp_path)
-    ours = train(job, own)
-    first, base = run.log.evaluations[0], ours.log.evaluations[0]
+    first = run.log.evaluations[0]
     assert first["means"] == base["means"] and first["scores"] == base["scores"]
     assert [line["epoch"] for line in run.log.evaluations] == [0, 1, 2] and run.log.evaluations[2]["means"] != base["means"]
     read = LearningRun(rival.name, 6, run.config, {"wall": 1.0}, read_log(run.folder / LOG)[0])
