@@ -26,7 +26,7 @@ def imported(path) -> set[str]:
 
 def test_folders_import_only_folders_below_them():
     floor = {name: i for i, names in enumerate(FOLDERS) for name in names}
-    files = [path for where in ("*.py", "fdfo/**/*.py", "rewards/**/*.py", "benchmarks/*.py") for path in ROOT.glob(where)]
+    files = [path for where in ("*.py", "fdfo/**/*.py", "rewards/**/*.py", "benchmarks/**/*.py") for path in ROOT.glob(where)]
     for path in files:
         own = place(path)
         wrong = {name for name in imported(path) - {own} if floor[name] <= floor[own]}

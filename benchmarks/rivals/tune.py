@@ -1,0 +1,211 @@
+"""Tunes FDFO and the rivals with the same budget, then runs the best setting of each with other seeds. rival_page.py writes the page.
+
+python benchmarks/rivals/tune.py --logs rival_logs --methods flow_grpo --parallel 8 --minutes 8     # 8 settings, one seed
+python benchmarks/rivals/tune.py --logs rival_logs --final --parallel 9 --minutes 8.5               # the best of each, three seeds
+python benchmarks/rivals/rival_page.py --logs rival_logs --out docs/rivals.md
+
+A run whose whole log is in the folder is not run again, so that a call that ran out of time can be repeated. A run stopped by
+--minutes leaves the log that it has, and begins again in the next call. The best setting is that with the highest held-out scene
+score, averaged over the evaluations after epoch 0. The final seeds are others than those of the tuning.
+"""
+
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from learning import END, LearningConfig, follow, keep  # noqa: E402
+from learning_tables import LearningRun  # noqa: E402
+
+from fdfo.config.errors import UserError  # noqa: E402
+from fdfo.distributed.launch import run_command_line  # noqa: E402
+from fdfo.run_folder.find_checkpoint import read_config  # noqa: E402
+from fdfo.run_folder.log import LOG, read_log  # noqa: E402
+from fdfo.storage.atomic_files import read_json  # noqa: E402
+
+Method = Literal["fdfo", "flow_grpo", "diffusion_nft"]
+METHODS: tuple[Method, ...] = ("fdfo", "flow_grpo", "diffusion_nft")
+SCRIPTS = {
+    "fdfo": ("train.py", "--preset", "tiny", "--save-freq", "1000", "--runs-dir"),
+    "flow_grpo": ("benchmarks/rivals/flow_grpo.py", "--out"),
+    "diffusion_nft": ("benchmarks/rivals/diffusion_nft.py", "--out"),
+}
+SETTINGS = {  # eight of each method: its defaults, and one change at a time
+    "fdfo": {
+        "defaults": "",
+        "rate-1e-4": "--train.learning-rate 1e-4",
+        "rate-3e-4": "--train.learning-rate 3e-4",
+        "rate-5e-4": "--train.learning-rate 5e-4",
+        "churn-0.01": "--churn.weight 0.01",
+        "churn-0.05": "--churn.weight 0.05",
+        "clip-0.1": "--train.clip-range 0.1",
+        "beta2-0.95": "--train.adam-beta2 0.95",
+    },
+    "flow_grpo": {
+        "defaults": "",
+        "rate-1e-4": "--learning-rate 1e-4",
+        "rate-1e-3": "--learning-rate 1e-3",
+        "noise-0.4": "--noise 0.4",
+        "noise-1.0": "--noise 1.0",
+        "clip-0.05": "--clip-range 0.05",
+        "group-16": "--group 16",
+        "steps-4": "--solver-steps 4",
+    },
+    "diffusion_nft": {
+        "defaults": "",
+        "rate-1e-4": "--learning-rate 1e-4",
+        "rate-1e-3": "--learning-rate 1e-3",
+        "beta-0.1": "--beta 0.1",
+        "beta-0.3": "--beta 0.3",
+        "group-16": "--group 16",
+        "levels-2": "--noise-levels 2",
+        "old-0.5": "--old-rise 0.5",
+    },
+}
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Run FDFO and the rivals on the tiny preset."""
+
+    logs: Path
+    """folder that keeps the runs' logs"""
+    methods: tuple[Method, ...] = METHODS
+    """what to run"""
+    final: bool = False
+    """run the best setting of each method with the final seeds, instead of all settings with the seed of the tuning"""
+    tuning_epochs: int = 100
+    """epochs of a run of the tuning"""
+    final_epochs: int = 200
+    """epochs of a final run"""
+    tuning_seeds: tuple[int, ...] = (6,)
+    """seeds of the tuning"""
+    final_seeds: tuple[int, ...] = (7, 8, 9)
+    """seeds of the final runs"""
+    parallel: int = 1
+    """runs at the same time"""
+    minutes: float | None = None
+    """stop the runs after this time"""
+    flags: str = "--eval-every 10 --max-batch-size 1024"
+    """flags of all runs"""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to make."""
+
+    method: Method
+    setting: str
+    seed: int
+    epochs: int
+    kept: Path  # folder for its log
+
+
+def kept_runs(folder: Path, method: str) -> list[LearningRun]:
+    """Return a method's runs in logs/tuning or logs/final, in the order of its settings."""
+    paths = sorted((folder / method).glob("*/" + END), key=lambda path: order_of(method, path.parent.name))
+    runs = []
+    for kept in (path.parent for path in paths):
+        setting, _, seed = kept.name.rpartition("-seed-")
+        runs.append(LearningRun(setting, int(seed), read_config(kept), read_json(kept / END), read_log(kept / LOG)[0]))
+    return runs
+
+
+def order_of(method: str, name: str) -> tuple[int, int]:
+    setting, _, seed = name.rpartition("-seed-")
+    return list(SETTINGS[method]).index(setting), int(seed)
+
+
+def whole(run: LearningRun) -> bool:
+    """Return whether a run was evaluated after its last epoch."""
+    return run.config.num_epochs in run.curve()
+
+
+def quality(run: LearningRun) -> float:
+    """Return a run's held-out scene score, averaged over the evaluations after epoch 0; -inf for one that broke."""
+    return fmean(score for epoch, score in run.curve().items() if epoch) if whole(run) else -math.inf
+
+
+def best_setting(logs: Path, method: str) -> str:
+    """Return the method's best setting. Raises UserError before its tuning is done."""
+    runs = kept_runs(logs / "tuning", method)
+    missing = set(SETTINGS[method]) - {run.setting for run in runs if whole(run) or run.end.get("broke")}
+    if missing:
+        raise UserError(f"The tuning of {method} lacks {', '.join(sorted(missing))}: run it first, without --final.")
+    return max(SETTINGS[method], key=lambda name: fmean(quality(run) for run in runs if run.setting == name))
+
+
+def planned_runs(config: TuneConfig) -> list[Planned]:
+    """Return the runs to make, but for those that are there already."""
+    part, epochs = ("final", config.final_epochs) if config.final else ("tuning", config.tuning_epochs)
+    planned = []
+    for seed in config.final_seeds if config.final else config.tuning_seeds:
+        for method in config.methods:
+            for setting in [best_setting(config.logs, method)] if config.final else SETTINGS[method]:
+                kept = config.logs / part / method / f"{setting}-seed-{seed}"
+                planned.append(Planned(method, setting, seed, epochs, kept))
+    return [one for one in planned if not is_done(one)]
+
+
+def is_done(planned: Planned) -> bool:
+    """Return whether the log of a run is there, up to its end or to where it broke."""
+    if not planned.kept.exists():
+        return False
+    found = [run for run in kept_runs(planned.kept.parent.parent, planned.method) if run.seed == planned.seed]
+    return any(run.setting == planned.setting and (whole(run) or bool(run.end.get("broke"))) for run in found)
+
+
+def make_run(config: TuneConfig, planned: Planned, deadline: float) -> None:
+    """Make a run and keep its log. One that fails, as its adapter breaks, keeps the log up to there."""
+    if time.monotonic() > deadline:
+        print(f"{planned.kept}: not begun", flush=True)
+        return
+    with tempfile.TemporaryDirectory() as runs:
+        numbers = ["--seed", planned.seed, "--num-epochs", planned.epochs]
+        flags = [*config.flags.split(), *SETTINGS[planned.method][planned.setting].split()]
+        start, broke = time.monotonic(), ""
+        try:
+            follow(
+                LearningConfig(planned.kept, parallel=config.parallel),
+                [*SCRIPTS[planned.method], runs, *numbers, *flags],
+                deadline,
+            )
+        except UserError as error:
+            broke = str(error)
+        if not list(Path(runs).glob(f"*/{LOG}")):
+            print(f"{planned.kept}: {broke or 'stopped before it began'}", flush=True)
+            return
+        shutil.rmtree(planned.kept, ignore_errors=True)
+        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        keep(Path(runs), planned.kept, {"wall": time.monotonic() - start, "broke": broke, "machine": machine})
+    run = next(run for run in kept_runs(planned.kept.parent.parent, planned.method) if planned.kept.name == name_of(run))
+    print(f"{planned.kept}: {json.dumps({e: round(s, 1) for e, s in run.curve().items()})} {broke[-300:]}", flush=True)
+
+
+def name_of(run: LearningRun) -> str:
+    return f"{run.setting}-seed-{run.seed}"
+
+
+def main(config: TuneConfig) -> None:
+    deadline = time.monotonic() + (60 * config.minutes if config.minutes is not None else math.inf)
+    planned = planned_runs(config)
+    print(f"{len(planned)} runs to make, {config.parallel} at a time", flush=True)
+    with ThreadPoolExecutor(config.parallel) as pool:
+        list(pool.map(lambda one: make_run(config, one, deadline), planned))
+
+
+if __name__ == "__main__":
+    run_command_line(lambda: main(tyro.cli(TuneConfig)))

@@ -1,0 +1,202 @@
+"""benchmarks/rivals/: the equations of both rivals, and short runs on the harness of train.py."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, ROOT
+
+from fdfo.config.errors import UserError
+from fdfo.config.options import to_json
+from fdfo.config.presets import PRESETS
+from fdfo.distributed.job import Job
+from fdfo.method.trainer import train
+from fdfo.run_folder.find_checkpoint import CONFIG
+from fdfo.run_folder.log import LOG, read_log
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "rivals"))
+
+import rival_page  # noqa: E402
+import tune  # noqa: E402
+from common import RivalOptions, train_rival  # noqa: E402
+from diffusion_nft import DiffusionNft, NftOptions, nft_loss, optimality  # noqa: E402
+from flow_grpo import (  # noqa: E402
+    FlowGrpo,
+    FlowGrpoOptions,
+    clipped_loss,
+    group_advantages,
+    log_ratio,
+    noise_levels,
+    sde_step,
+    velocity_weights,
+)
+from learning import END  # noqa: E402
+from learning_tables import Cost, LearningRun  # noqa: E402
+
+GRID = torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0])
+SMALL = {"num_epochs": 2, "images": 16, "eval_every": 1, "eval_prompts": 8}
+
+
+def normals(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow-GRPO
+
+
+def test_the_ratio_is_that_of_the_densities_of_the_drawn_step():
+    x, v, dv, noise = normals(4, 2, 3, 3, 3)
+    levels = noise_levels(GRID, 0.7)
+    weights = velocity_weights(GRID, levels)
+    for i in range(4):
+        t, t_next, level = GRID[i].item(), GRID[i + 1].item(), levels[i].item()
+        (old, deviation), (new, _) = (sde_step(x, velocity, t, t_next, level) for velocity in (v, v + dv))
+        drawn = old + deviation * noise
+        wanted = torch.distributions.Normal(new, deviation).log_prob(drawn) - torch.distributions.Normal(old, deviation).log_prob(
+            drawn
+        )
+        found = log_ratio(dv, noise, weights[i].expand(2).double(), "sum")
+        torch.testing.assert_close(found, wanted.sum((1, 2, 3)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(log_ratio(dv, noise, weights[i].expand(2).double(), "mean"), found / 27)
+    assert log_ratio(0 * dv, noise, weights[:2], "sum").tolist() == [0, 0]
+
+
+def test_the_sde_keeps_the_marginals_of_the_flow():
+    """For one data point x0 the exact v is (x - x0) / t; a small step from the marginal at t leads to that at t - dt."""
+    x0, t, dt, a = 2.0, 0.5, 1e-3, 0.7
+    x = (1 - t) * x0 + t * normals(400_000, 1, 1, 1)
+    mean, deviation = sde_step(x, (x - x0) / t, t, t - dt, a * (t / (1 - t)) ** 0.5)
+    assert float(mean.mean()) == pytest.approx((1 - t + dt) * x0, abs=3e-3)
+    assert float((mean.var() + deviation**2) / x.var()) == pytest.approx(((t - dt) / t) ** 2, abs=3e-5)
+
+
+def test_advantages_and_the_clipped_loss():
+    assert group_advantages(torch.tensor([1.0, 3.0, 7.0, 7.0]), 2).tolist() == pytest.approx(
+        [-(0.5**0.5), 0.5**0.5, 0, 0], abs=1e-5
+    )
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5], requires_grad=True)
+    loss = clipped_loss(ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
+    assert loss.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
+    loss.sum().backward()
+    assert ratio.grad.tolist() == [0, 1, -1, 0]  # no gain beyond the clip range, but a way back
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiffusionNFT
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_the_gradient_at_the_old_policy_is_the_flow_matching_direction_times_2r_minus_1(beta: float):
+    """d loss / d v = 2 beta [r (v+ - v_target) - (1 - r) (v- - v_target)]; at v = v_old both brackets are v_old - v_target."""
+    v_old, target = normals(2, 3, 1, 2, 2)
+    t, r = torch.tensor([0.9, 0.5, 0.2]).double(), torch.tensor([0.5, 1.0, 0.2]).double()
+    v = v_old.clone().requires_grad_()
+    nft_loss(v, v_old, target, t, r, beta, "none").sum().backward()
+    factor = (2 * beta * (2 * r - 1))[:, None, None, None] / 4  # the mean over 4 elements
+    torch.testing.assert_close(v.grad, factor * (v_old - target))
+    weighted = v_old.clone().requires_grad_()
+    nft_loss(weighted, v_old, target, t, r, beta, "self").sum().backward()
+    assert not weighted.grad[0].any()  # r = 1/2: the target cancels, image for image, with either weighting
+    for i in (1, 2):  # the self-normalised weighting changes lengths alone
+        assert float(torch.cosine_similarity(weighted.grad[i].flatten(), v.grad[i].flatten(), dim=0)) == pytest.approx(1)
+
+
+def test_at_r_one_half_the_gradient_pulls_to_the_old_policy():
+    v_old, target, change = normals(3, 1, 1, 2, 2)
+    v = (v_old + change).requires_grad_()
+    nft_loss(v, v_old, target, torch.tensor([0.5]), torch.tensor([0.5]), 0.3, "none").sum().backward()
+    torch.testing.assert_close(v.grad, 2 * 0.3**2 * change / 4)
+
+
+def test_the_optimum_is_the_old_policy_and_2_over_beta_times_the_improvement():
+    """At one x_t with equally likely data points: Delta = share rewarded x (velocity of the rewarded part - v_old)."""
+    target, beta = normals(6, 1, 1, 1), 0.5
+    r = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0, 1.0]).double()
+    v_old = target.mean()
+    rewarded = (r * target.flatten()).sum() / r.sum()
+    v = (v_old + 2 / beta * r.mean() * (rewarded - v_old)).clone().requires_grad_()
+    nft_loss(v.expand_as(target), v_old.expand_as(target), target, torch.ones(6), r, beta, "none").sum().backward()
+    assert float(v.grad) == pytest.approx(0, abs=1e-12)
+
+
+def test_rewards_become_probabilities():
+    r = optimality(torch.tensor([1.0, 3.0, 7.0, 7.0]), 2, "all")
+    spread = float(torch.tensor([1.0, 3.0, 7.0, 7.0]).std())
+    assert r.tolist() == pytest.approx([0.5 - 0.5 / spread, 0.5 + 0.5 / spread, 0.5, 0.5])
+    assert optimality(torch.tensor([0.0, 0.0, 0.0, 9.0]), 4, "group").tolist() == pytest.approx([0.25, 0.25, 0.25, 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The line of the evaluation before training, of train.py."""
+    small = {"num_epochs": 1, "total_pairs_per_epoch": 8, "eval_every": 5, "eval_prompts": 8}
+    config = dataclasses.replace(PRESETS["tiny"], **small, runs_dir=tmp_path_factory.mktemp("base"))
+    return train(Job(0, 1, CPU), config).log.evaluations[0]
+
+
+RIVALS = [(FlowGrpo, FlowGrpoOptions(**SMALL, kl_weight=0.01)), (DiffusionNft, NftOptions(**SMALL, noise_levels=4))]
+
+
+@pytest.mark.parametrize("rival, options", RIVALS)
+def test_a_rival_starts_as_train_py_and_logs_as_it_does(rival: type, options: RivalOptions, base: dict, job: Job, tmp_path: Path):
+    run = train_rival(job, dataclasses.replace(options, out=tmp_path), rival)
+    first = run.log.evaluations[0]
+    assert first["means"] == base["means"] and first["scores"] == base["scores"]
+    assert [line["epoch"] for line in run.log.evaluations] == [0, 1, 2] and run.log.evaluations[2]["means"] != base["means"]
+    read = LearningRun(rival.name, 6, run.config, {"wall": 1.0}, read_log(run.folder / LOG)[0])
+    assert len(read.of("step")) == 8 and all(step["applied"] and step["grad_norm"] > 0 for step in read.of("step"))
+    assert read.cost == (Cost(16, 2 * 16 * 8, 16 * 8) if rival is FlowGrpo else Cost(16, 16 * (8 + 4), 16 * 4))
+    assert read.seconds()[0] > 0 and len(read.curve()) == 3
+    if rival is FlowGrpo:
+        assert read.of("step")[0]["ratio_mean"] == pytest.approx(1, abs=1e-3) and read.of("step")[0]["clipfrac"] == 0
+    else:
+        assert read.of("step")[0]["distance_to_old"] == pytest.approx(0, abs=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tuning and the page
+
+
+def fake_run(folder: Path, epochs: int, scene: float, seed: int) -> None:
+    """A run's kept log, whose scores rise to `scene`."""
+    folder.mkdir(parents=True)
+    config = dataclasses.replace(PRESETS["tiny"], num_epochs=epochs, seed=seed)
+    (folder / CONFIG).write_text(to_json(config))
+    (folder / END).write_text('{"wall": 1.0, "broke": "", "machine": "a test"}')
+    lines = []
+    for epoch in range(0, epochs + 1, 10):
+        means = {"scene": 70 + (scene - 70) * epoch / epochs, "scene_clip": 50.0, "pixel_diversity": 18.0}
+        scores = {name: [value] for name, value in means.items()}
+        lines.append({"kind": "eval", "epoch": epoch, "means": means, "scores": scores, "prompts": 1})
+    (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_best_setting_goes_into_the_final_and_the_page_shows_it(tmp_path: Path):
+    logs, best = tmp_path / "logs", {"fdfo": "clip-0.1", "flow_grpo": "noise-1.0", "diffusion_nft": "defaults"}
+    for method, settings in tune.SETTINGS.items():
+        assert len(settings) == 8
+        for setting in settings:
+            fake_run(logs / "tuning" / method / f"{setting}-seed-6", 100, 90 if setting == best[method] else 80, 6)
+    config = tune.TuneConfig(logs, final=True)
+    planned = tune.planned_runs(config)
+    assert [(one.method, one.setting, one.seed) for one in planned[:3]] == [(*pair, 7) for pair in best.items()]
+    assert len(planned) == 9 and not tune.planned_runs(dataclasses.replace(config, final=False))
+    for one in planned:
+        fake_run(one.kept, one.epochs, {"fdfo": 95.0, "flow_grpo": 85.0, "diffusion_nft": 98.0}[one.method], one.seed)
+    assert not tune.planned_runs(config)
+    rival_page.main(rival_page.PageConfig(logs, tmp_path / "rivals.md"))
+    page = (tmp_path / "rivals.md").read_text()
+    assert "Flow-GRPO's best mean over its seeds is 85.0, within 200 epochs." in page
+    assert "runs reach it: 120, 120, 120 (epochs)" in page and "runs reach it: never, never, never (epochs)" in page
+    assert "**noise-1.0**" in page and (tmp_path / "rivals.png").exists()
+    (logs / "tuning" / "fdfo" / "defaults-seed-6" / END).unlink()
+    with pytest.raises(UserError, match="The tuning of fdfo lacks defaults"):
+        tune.planned_runs(config)
