@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import CPU, ROOT
 
+from fdfo.config.command_line import parse, parse_train_config
 from fdfo.config.errors import UserError
 from fdfo.config.options import to_json
 from fdfo.config.presets import PRESETS
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "rivals"))
 
 import rival_page  # noqa: E402
 import tune  # noqa: E402
-from common import RivalOptions, train_rival  # noqa: E402
+from common import RivalOptions, tiny_config, train_rival  # noqa: E402
 from diffusion_nft import DiffusionNft, NftOptions, nft_loss, optimality  # noqa: E402
 from flow_grpo import (  # noqa: E402
     FlowGrpo,
@@ -177,6 +178,14 @@ def fake_run(folder: Path, epochs: int, scene: float, seed: int) -> None:
         scores = {name: [value] for name, value in means.items()}
         lines.append({"kind": "eval", "epoch": epoch, "means": means, "scores": scores, "prompts": 1})
     (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_flags_of_all_settings_exist():
+    for method, read in (("flow_grpo", FlowGrpoOptions), ("diffusion_nft", NftOptions)):
+        for flags in tune.SETTINGS[method].values():
+            tiny_config(parse(read, flags.split()), method)
+    for flags in tune.SETTINGS["fdfo"].values():
+        parse_train_config(["--preset", "tiny", *flags.split()])
 
 
 def test_the_best_setting_goes_into_the_final_and_the_page_shows_it(tmp_path: Path):
