@@ -1,11 +1,14 @@
 """The VLM judge on a small random Qwen2.5-VL with its real processor (docs/method.md 5)."""
 
 import math
+import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 from ranks import run_ranks
 from tiny_qwen import save_tiny_qwen
@@ -14,6 +17,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from fdfo.config.errors import UserError
 from fdfo.distributed.job import Job
 from fdfo.storage.prompts import Prompt, load_prompts
+from fdfo.tiny.scenes import parse_caption
 from rewards.registry import VlmSettings, build_scorers
 from rewards.scorer import check_prompts
 from rewards.vlm.judge import MAX_BATCH, QUESTIONS, Vlm, VlmScorer
@@ -189,6 +193,22 @@ def test_a_pair_is_compared_in_both_orders(folder: Path, vlm: Vlm):
     quantised = (255 * first).round().to(torch.uint8), (255 * second).round().to(torch.uint8)
     as_floats = [images.float() / 255 for images in quantised]
     torch.testing.assert_close(judge.compare(CAPTIONS, *quantised), judge.compare(CAPTIONS, *as_floats), rtol=0, atol=1e-5)
+
+
+def test_the_known_better_image_of_a_pair(folder: Path, capsys: pytest.CaptureFixture):
+    """benchmarks/pair_judging.py: a wrong scene has one other attribute, and the judges are asked both ways."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import pair_judging
+
+    scenes = [parse_caption(caption) for caption in load_prompts("tiny_heldout")[:60]]
+    for scene in scenes:
+        wrong = pair_judging.with_wrong_attribute(scene, random.Random(scene.caption()))
+        assert parse_caption(wrong.caption()) == wrong
+        assert sum((scene.objects != wrong.objects, scene.relation != wrong.relation)) == 1
+    first = torch.tensor([True, False, True])
+    assert pair_judging.accuracy(torch.tensor([0.5, -0.5, 0.0]), first) == pytest.approx(5 / 6)
+    pair_judging.main(pair_judging.PairJudgingConfig(str(folder), pairs=3))
+    assert capsys.readouterr().out.count("right in") == 2
 
 
 def test_a_sharded_judge_scores_unequal_numbers_of_pictures(folder: Path, tmp_path: Path):
