@@ -3,7 +3,7 @@
 #
 #   benchmarks/published.sh                  eight GPUs; 23 GPU-hours, computed from the rates of an H200 in docs/performance.md
 #   GPUS=4 benchmarks/published.sh           another number of them
-#   benchmarks/published.sh --rehearse       every step on the bundled model: two CPU cores, five minutes
+#   benchmarks/published.sh --rehearse       every step on the bundled model: under two minutes on two CPU cores
 #
 # Stop it at any moment and start it again: it goes on. Everything lies in runs/published, or where OUT says.
 set -euo pipefail

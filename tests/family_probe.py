@@ -1,4 +1,4 @@
-"""Run under torchrun by test_family_runs.py: trains each of some models, whole and spread over the processes; saves the adapters.
+"""Run on several processes by test_family_runs.py: trains each of some models, whole and spread over the processes; saves the adapters.
 
 torchrun --nproc_per_node=K tests/family_probe.py OUT.pt RUNS_DIR MODEL...
 """

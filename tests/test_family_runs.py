@@ -129,20 +129,21 @@ def test_compiled_epochs_in_bfloat16(bases: dict[str, str], name: str, tmp_path:
     assert len(log_of(run.folder, "eval")) == 3
 
 
-def test_two_processes_train_the_same_adapters(bases: dict[str, str], tmp_path: Path):
-    """With whole transformers, and to the bit alike with transformers spread over the two."""
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_train_the_same_adapters(bases: dict[str, str], tmp_path: Path, processes: int):
+    """With whole transformers, and to the bit alike with transformers spread over the processes."""
     models = [bases[name] for name in FAMILIES]
-    done = run_ranks(2, "tests/family_probe.py", tmp_path / "two.pt", tmp_path / "two", *models)
+    done = run_ranks(processes, "tests/family_probe.py", tmp_path / "many.pt", tmp_path / "many", *models)
     assert done.returncode == 0, done.stderr[-3000:]
-    adapters = torch.load(tmp_path / "two.pt", weights_only=True)
-    for model, two, sharded in zip(models, adapters[::2], adapters[1::2], strict=True):
-        assert torch.equal(sharded, two)
+    adapters = torch.load(tmp_path / "many.pt", weights_only=True)
+    for model, many, sharded in zip(models, adapters[::2], adapters[1::2], strict=True):
+        assert torch.equal(sharded, many)
         run = train(Job(0, 1, CPU), few(tmp_path / "one", model))
         one = torch.cat([p.detach().flatten() for p in run.model.trainable()])
         fresh = FlowModel(model, "fp32", CPU)
         fresh.add_lora(4, 8, run.config.seed)
         change = (one - torch.cat([p.detach().flatten() for p in fresh.trainable()])).norm()
-        assert change > 0 and (one - two).norm() / change < 0.02
+        assert change > 0 and (one - many).norm() / change < 0.02
 
 
 @pytest.mark.parametrize("name", NEW)
