@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from fdfo.config.errors import UserError
+from rewards.scorer import check_one_number_each
 
 
 class PairJudge(Protocol):
@@ -38,10 +39,7 @@ class PairScores:
         Raises UserError if the judge breaks its contract.
         """
         values = self.judge.compare(prompts[::2], images[::2], images[1::2])
-        pairs = len(prompts) // 2
-        if not isinstance(values, torch.Tensor) or values.shape != (pairs,):
-            got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-            raise UserError(f"The judge {self.name} returned {got} for {pairs} pairs: return a tensor with one number each.")
+        check_one_number_each(f"judge {self.name}", values, len(prompts) // 2, "pairs")
         half = values.float() / 2  # [P]
         if (wrong := values[half.abs() > 0.5]).numel():
             raise UserError(

@@ -94,10 +94,15 @@ def checked_scores(name: str, scorer: Scorer, prompts: list[str], images: torch.
             values = score()
         except (Exception, SystemExit) as again:
             raise UserError(f"The scorer {name} failed twice in a row ({reason(again)}): fix it, then resume.") from again
-    if not isinstance(values, torch.Tensor) or values.shape != (len(prompts),):
-        got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-        raise UserError(f"The scorer {name} returned {got} for {len(prompts)} images: return a tensor with one number each.")
+    check_one_number_each(f"scorer {name}", values, len(prompts), "images")
     return values.to("cpu", torch.float32)
+
+
+def check_one_number_each(who: str, values: object, count: int, things: str) -> None:
+    """Raise UserError unless the values are a tensor [count]. who returned them, for so many things."""
+    if not isinstance(values, torch.Tensor) or values.shape != (count,):
+        got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise UserError(f"The {who} returned {got} for {count} {things}: return a tensor with one number each.")
 
 
 def reason(error: BaseException) -> str:

@@ -6,7 +6,6 @@ python -m rewards.serve my_reward:Warmth --port 8001
 
 import json
 import math
-import socket
 import sys
 import threading
 
@@ -20,8 +19,8 @@ from starlette.routing import Route
 
 from fdfo.config.command_line import parse_serve_config
 from fdfo.config.errors import UserError, brief
-from fdfo.config.tool_options import ServeConfig
 from fdfo.distributed.launch import run_command_line, start_job
+from fdfo.distributed.port import open_port
 from rewards.presets import SET_SCORERS
 from rewards.registry import VlmSettings, build_scorers, check_metric_name
 from rewards.remote.png import from_png
@@ -38,24 +37,14 @@ def main() -> None:
             f"{config.scorer} compares the images of one prompt, and a server scores single images: serve another scorer."
         )
     with start_job() as job:
-        listening = listen(config)
+        # before the scorer is loaded, so that a run that starts meanwhile waits for it
+        listening = open_port(config.scorer, config.host, config.port, "--port or --host")
         scorers = build_scorers([config.scorer], job, VlmSettings(config.vlm_model))
         app = build_app(config.scorer, scorers[config.scorer])
         address = f"http://{config.host}:{listening.getsockname()[1]}/score"
         job.print(f"serving {config.scorer} at {address}: {describe(scorers)[config.scorer]}")
         settings = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none", proxy_headers=False)
         uvicorn.Server(settings).run(sockets=[listening])
-
-
-def listen(config: ServeConfig) -> socket.socket:
-    """Open the port before the scorer is loaded, so that a run that starts meanwhile waits for it. Raises UserError."""
-    try:
-        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((config.host, config.port), family=family)
-    except OSError as error:
-        raise UserError(
-            f"{config.scorer} cannot be served on {config.host} port {config.port} ({error.strerror}): give another --port or --host."
-        ) from error
 
 
 def build_app(name: str, scorer: Scorer) -> Starlette:

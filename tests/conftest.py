@@ -34,12 +34,29 @@ def job() -> Job:
     return Job(0, 1, CPU)
 
 
+def loaded(name: str) -> FlowModel:
+    model = FlowModel(name, "fp32", CPU)
+    model.to_device()
+    return model
+
+
+def moved(name: str, precision: str = "fp32", rank: int = 4) -> FlowModel:
+    """A model as training has it, with an adapter that does something."""
+    model = loaded(name)
+    model.add_lora(rank, 2 * rank, 0)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.trainable()):
+            parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(i))
+    if precision == "bf16":
+        model.precision, model.compute_type = "bf16", torch.bfloat16  # which users cannot have on a CPU, being slow there
+    model.accelerate(None, 64)
+    return model
+
+
 @pytest.fixture
 def tiny() -> FlowModel:
     """The bundled model, without an adapter."""
-    model = FlowModel("tiny", "fp32", CPU)
-    model.to_device()
-    return model
+    return loaded("tiny")
 
 
 @pytest.fixture

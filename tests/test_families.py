@@ -8,7 +8,7 @@ from pathlib import Path
 import bases as sizes
 import pytest
 import torch
-from conftest import CPU, FAMILIES
+from conftest import CPU, FAMILIES, loaded, moved
 from diffusers import Flux2Transformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from test_model import SD35_MEDIUM_TRANSFORMER
 from test_training import small
@@ -37,25 +37,6 @@ LARGE = SD35_MEDIUM_TRANSFORMER | dict(
     num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, dual_attention_layers=()
 )
 KLEIN = dict(in_channels=128, guidance_embeds=False)
-
-
-def loaded(name: str) -> FlowModel:
-    model = FlowModel(name, "fp32", CPU)
-    model.to_device()
-    return model
-
-
-def moved(name: str, precision: str = "fp32") -> FlowModel:
-    """As training has it, with an adapter that does something."""
-    model = loaded(name)
-    model.add_lora(4, 8, 0)
-    with torch.no_grad():
-        for i, parameter in enumerate(model.trainable()):
-            parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(i))
-    if precision == "bf16":
-        model.precision, model.compute_type = "bf16", torch.bfloat16  # which users cannot have on a CPU, being slow there
-    model.accelerate(None, 64)
-    return model
 
 
 # -- against the stock pipeline

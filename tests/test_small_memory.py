@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, moved
 from test_training import comparable, small
 from tiny_qwen import save_tiny_qwen
 
@@ -32,20 +32,6 @@ from rewards.vlm.judge import Vlm, VlmScorer
 FLAGS = dict(gradient_checkpointing=True, offload_scorers=True, offload_trajectories=True)
 
 
-def displaced(precision: str = "fp32") -> FlowModel:
-    """The tiny model, as training has it, with an adapter that does something."""
-    model = FlowModel("tiny", "fp32", CPU)
-    model.add_lora(8, 16, 0)
-    model.to_device()
-    with torch.no_grad():
-        for i, parameter in enumerate(model.trainable()):
-            parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(i))
-    if precision == "bf16":
-        model.precision, model.compute_type = "bf16", torch.bfloat16  # which users cannot have on a CPU, being slow there
-    model.accelerate(None, 64)
-    return model
-
-
 def forward_and_backward(model: FlowModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Velocity as sampling has it, as training has it, its gradient, and the numbers that the graph kept outside of blocks."""
     generator, kept = torch.Generator().manual_seed(0), []
@@ -65,7 +51,7 @@ def forward_and_backward(model: FlowModel) -> tuple[torch.Tensor, torch.Tensor, 
 def test_checkpointing_changes_no_bit_and_keeps_little(precision: str, backend: str | None):
     results = []
     for checkpointed in (False, True):
-        model = displaced(precision)
+        model = moved("tiny", precision, rank=8)
         if checkpointed:
             model.checkpoint_gradients()
         if backend is not None:
@@ -90,7 +76,7 @@ def test_blocks_are_computed_again_as_they_were_computed(monkeypatch: pytest.Mon
 
     for module in (fdfo.model.acceleration, fdfo.model.flow_model):
         monkeypatch.setattr(module, "fast_attention", fast_attention)
-    model = displaced("bf16")
+    model = moved("tiny", "bf16", rank=8)
     model.checkpoint_gradients()
     attention = model.pipe.transformer.transformer_blocks[1].attn
     attention.register_forward_pre_hook(lambda *unused: seen.append((inside[0], torch.is_autocast_enabled("cpu"))))

@@ -83,6 +83,7 @@ class Experience:
     rollout: Rollout
     differences: Differences
     one_colour: torch.Tensor  # [2P], 1 for an image of one colour
+    scores: dict[str, list[float]]  # [2P] each, of the whole job in global order
     spread: Spread  # of the scorers' differences, with this epoch's
     shown: list[ShownPair]  # for the sheet of pairs; empty if no evaluation follows the epoch
 
@@ -132,7 +133,7 @@ def collect(run: Run, stages: Stages) -> Experience:
         weigh_again(differences, spread.divide(reward.weights))
     check_pairs_left(run.job, epoch + 1, differences.dropped, finite_rows(images), differences.scores)
     shown = shown_pairs(rollout, differences, images) if evaluated_after(run, epoch + 1) else []
-    return Experience(rollout, differences, one_colour(images), spread, shown)
+    return Experience(rollout, differences, one_colour(images), scores, spread, shown)
 
 
 def sample_for_people(run: Run, stages: Stages, share: PairShare) -> tuple[Rollout, torch.Tensor]:
@@ -196,12 +197,12 @@ def finish_epoch(run: Run, stages: Stages, experience: Experience) -> list[str]:
     """Count the epoch, log and print it; return the warnings of its health."""
     progress, job, found = run.progress, run.job, experience.differences
     extra = {"reward": found.reward, "dropped": found.dropped, "one colour": experience.one_colour}
-    lists = gather_scores(job, found.scores | extra)
+    lists = gather_scores(job, extra)
     epoch = EpochScores(
-        reward=lists.pop("reward"),
-        dropped=lists.pop("dropped"),
-        one_colour=lists.pop("one colour"),
-        scores=lists,
+        reward=lists["reward"],
+        dropped=lists["dropped"],
+        one_colour=lists["one colour"],
+        scores=experience.scores,
         judges=run.judges.reward.judges,
     )
     steps, progress.steps, progress.epochs, progress.spread = progress.steps, [], progress.epochs + 1, experience.spread

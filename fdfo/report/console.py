@@ -23,9 +23,8 @@ def print_epoch(job: Job, epochs: str, numbers: Mapping[str, float], seconds: fl
 def print_evaluation(line: Mapping[str, object]) -> None:
     """Print one line of an evaluation, and its warnings, from its log line: reward and held-out metrics, and their change."""
     epoch, cells = line["epoch"], []
-    for name in (
-        name for name in ("reward", *line["held_out"]) if name in line["changes"]
-    ):  # no reward with judges of pairs alone
+    shown = [name for name in ("reward", *line["held_out"]) if name in line["changes"]]  # with judges of pairs alone no reward
+    for name in shown:
         change = line["changes"][name]
         moved = f" ({number(change['difference'], '+.3g')} +- {number(change['error'], '.2g')})" if epoch > 0 else ""
         cells.append(f"{name} {number(change['after'], '.4g')}{moved}")

@@ -17,6 +17,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from fdfo.config.errors import UserError
+from fdfo.distributed.port import open_port
 from fdfo.vote_page.access import Access, Gate
 from fdfo.vote_page.ballot import NotYet, Refused
 from fdfo.vote_page.votes_file import Number, Person
@@ -123,13 +124,7 @@ async def not_kept(_: Request, error: Exception) -> Response:
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises UserError if the port cannot be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(
-            f"The page for votes cannot be served on {host} port {port} ({error.strerror}): give another --human-port, or --human-host."
-        ) from error
+    return open_port("The page for votes", host, port, "--human-port, or --human-host")
 
 
 class Server:

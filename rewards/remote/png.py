@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from fdfo.model.images import quantised
+
 SIGNATURE, UP = b"\x89PNG\r\n\x1a\n", 2  # UP: each row holds its difference from the row above
 
 
@@ -17,7 +19,7 @@ def to_png(image: torch.Tensor) -> str:
 
     Written here because Pillow tries five filters for each row, which takes five times as long (benchmarks/http_scorer.py).
     """
-    pixels = image if image.dtype == torch.uint8 else (255 * image.float()).round().clamp(0, 255).to(torch.uint8)
+    pixels = image if image.dtype == torch.uint8 else quantised(image)
     rows = pixels.permute(1, 2, 0).flatten(1).cpu().numpy()  # [H, 3 W]
     filtered = np.full((rows.shape[0], 1 + rows.shape[1]), UP, np.uint8)
     filtered[:, 1:] = np.diff(rows, axis=0, prepend=np.uint8(0))

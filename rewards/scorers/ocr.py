@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fdfo.config.errors import UserError
+from fdfo.model.images import quantised
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 SHORT_SIDE = 512  # pixels to which smaller images are enlarged before text is looked for
@@ -44,7 +45,7 @@ class OcrScorer:
 
     def score(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         """Score prompts [N], images [N, 3, H, W] float in [0, 1] or uint8 -> [N] float32 in [0, 100]. Raises UserError."""
-        pixels = images if images.dtype == torch.uint8 else (255 * images.float()).round().clamp(0, 255).to(torch.uint8)
+        pixels = images if images.dtype == torch.uint8 else quantised(images)
         arrays = list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
         def read(number: int) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """Qwen2.5-VL as a judge (docs/method.md 5): vlm_alignment, vlm_quality, vlm_photo, with the question of metrics or of training."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -82,6 +83,17 @@ class Vlm:
         logits = self.model(**inputs, logits_to_keep=1).logits[:rows, -1].float()  # [N, vocabulary]
         return logits[:, answers[0]] - logits[:, answers[1]]
 
+    def in_batches(self, count: int, size: int, answer: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """Return what `answer` gives for all of `count` questions, at most `size` of them at a time: [count].
+
+        A sharded model is called by all ranks together: each must call this equally often, with any count of 1 or more.
+        """
+        job, answers = self.job if self.sharded else Job(0, 1, self.job.device), []
+        for batch, fresh in job.rounds(count, size):
+            found = answer(batch)
+            answers += [found] if fresh else []
+        return torch.cat(answers)
+
     def dialogue(self, question: str, prompt: str, images: int = 1) -> str:
         """Return the text up to the answer, with its images before the question.
 
@@ -114,12 +126,7 @@ class VlmScorer:
 
         A sharded model is called by all ranks together: each must call score equally often, with any N of 1 or more.
         """
-        job = self.vlm.job if self.vlm.sharded else Job(0, 1, self.vlm.job.device)
-        scores = []
-        for batch, fresh in job.rounds(len(prompts), MAX_BATCH):
-            values = self._score_batch(prompts[batch], images[batch])
-            scores += [values] if fresh else []
-        return torch.cat(scores)
+        return self.vlm.in_batches(len(prompts), MAX_BATCH, lambda batch: self._score_batch(prompts[batch], images[batch]))
 
     def _score_batch(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         texts = [self.vlm.dialogue(self.question, prompt) for prompt in prompts]

@@ -2,7 +2,6 @@
 
 import torch
 
-from fdfo.distributed.job import Job
 from rewards.vlm.judge import MAX_BATCH, Vlm, training_images
 
 QUESTION = 'Which image matches the caption "{prompt}" better? Answer A for the first image or B for the second.'
@@ -26,12 +25,11 @@ class VlmPairJudge:
 
         A sharded model is called by all ranks together: each must call compare equally often, with any P of 1 or more.
         """
-        job = self.vlm.job if self.vlm.sharded else Job(0, 1, self.vlm.job.device)
-        values = []
-        for batch, fresh in job.rounds(len(prompts), MAX_PAIRS):
-            compared = self._compare_batch(prompts[batch], first[batch], second[batch])
-            values += [compared] if fresh else []
-        return torch.cat(values)
+
+        def compare(batch: slice) -> torch.Tensor:
+            return self._compare_batch(prompts[batch], first[batch], second[batch])
+
+        return self.vlm.in_batches(len(prompts), MAX_PAIRS, compare)
 
     def _compare_batch(self, prompts: list[str], first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         texts = [self.vlm.dialogue(QUESTION, prompt, images=2) for prompt in prompts]

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from fdfo.config.errors import UserError
-from fdfo.distributed.job import Job
 from fdfo.storage.prompts import questions_of
 from rewards.vlm.judge import MAX_BATCH, Vlm, Way, yes_margin
 
@@ -43,10 +42,11 @@ class VlmQuestions:
             self.vlm.dialogue(f"{{prompt}} {ENDINGS[self.preprocessing]}", question)
             for prompt in prompts for question in questions_of(prompt)
         ]  # fmt: skip
-        job = self.vlm.job if self.vlm.sharded else Job(0, 1, self.vlm.job.device)
-        logs = []
-        for batch, fresh in job.rounds(len(texts), MAX_BATCH):
+
+        def log_yes(batch: slice) -> torch.Tensor:
             margin = yes_margin(self.vlm, texts[batch], images[rows[batch].to(images.device)], self.preprocessing)
-            logs += [F.logsigmoid(margin).cpu()] if fresh else []
-        means = torch.zeros(len(prompts)).index_add_(0, rows, torch.cat(logs)) / counts
+            return F.logsigmoid(margin).cpu()
+
+        logs = self.vlm.in_batches(len(texts), MAX_BATCH, log_yes)  # [Q]
+        means = torch.zeros(len(prompts)).index_add_(0, rows, logs) / counts
         return 100 * means.exp()
