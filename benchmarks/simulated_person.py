@@ -96,6 +96,7 @@ class Person:
 
 def train(options: Options, wrong: float, seed: int, runs: Path) -> Outcome:
     """Train one run, judged through its page."""
+    name = f"wrong-{wrong}-seed-{seed}".replace(".", "p")
     command = [
         sys.executable,
         "train.py",
@@ -108,7 +109,7 @@ def train(options: Options, wrong: float, seed: int, runs: Path) -> Outcome:
         "--human-port",
         "0",
     ]
-    command += ["--runs-dir", str(runs), "--run-name", f"wrong-{wrong}-seed-{seed}".replace(".", "p"), *options.flags.split()]
+    command += ["--runs-dir", str(runs), "--run-name", name, *options.flags.split()]
     start = time.monotonic()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as trainer, sync_playwright() as playwright:
         url = next(found[0] for line in trainer.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))
@@ -126,7 +127,7 @@ def train(options: Options, wrong: float, seed: int, runs: Path) -> Outcome:
                 page.wait_for_timeout(50)
         browser.close()
     assert trainer.returncode == 0, trainer.returncode
-    (run,) = runs.glob(f"*-wrong-{wrong}-seed-{seed}")
+    (run,) = runs.glob(f"*-{name}")
     return outcome(run, wrong, seed, (time.monotonic() - start) / 60)
 
 
