@@ -66,6 +66,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fdfo.method.prepare  # noqa: E402
 import fdfo.method.trainer  # noqa: E402
 import fdfo.method.update  # noqa: E402
+import fdfo.model.flow_model  # noqa: E402
 import rewards.vlm.judge  # noqa: E402
 from fdfo.config.options import to_dict  # noqa: E402
 from fdfo.config.plan import plan_batches, plan_subset  # noqa: E402
@@ -187,6 +188,8 @@ def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainCo
             preset, gradient_checkpointing=False, offload_scorers=False, offload_trajectories=False, max_batch_size=None
         )
     subset = {name: value for name in ("steps_per_trajectory", "branches") if (value := getattr(config, name)) is not None}
+    if config.eager:
+        subset["batch_size"] = config.max_batch_size or 9  # odd, which the plan of its own does not take
     return dataclasses.replace(
         preset, prompt_set="tiny_heldout", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=config.compile and not config.eager,
         max_batch_size=config.max_batch_size or preset.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
@@ -232,6 +235,7 @@ def peaks_by_stage() -> Iterator[dict[str, dict[str, float]]]:
 def main(config: FullSizeConfig) -> None:
     if config.eager:
         FlowModel.accelerate = lambda self, compiled_rows, resolution: None
+        fdfo.model.flow_model.fast_attention = lambda device: contextlib.nullcontext()
         rewards.vlm.judge.use_varlen_attention = lambda visual, device: None
     if config.one_gpu:
         share_first_gpu()
