@@ -43,25 +43,19 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
-import diffusers
 import torch
 import torch.distributed as dist
 import tyro
-from diffusers import DiffusionPipeline
-from peft import LoraConfig, get_peft_model
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from full_size_figures import ceiling, count_tflop, figures, on_meta, peaks_by_stage  # noqa: E402
 
 import fdfo.method.prepare  # noqa: E402
 import fdfo.method.trainer  # noqa: E402
@@ -74,15 +68,12 @@ from fdfo.config.presets import PRESETS
 from fdfo.config.train_options import TrainConfig  # noqa: E402
 from fdfo.distributed.job import Job  # noqa: E402
 from fdfo.distributed.launch import run_command_line, start_job  # noqa: E402
-from fdfo.distributed.machine import StageClock, versions  # noqa: E402
+from fdfo.distributed.machine import versions  # noqa: E402
 from fdfo.method.rollout import Differences, Rollout  # noqa: E402
 from fdfo.method.trainer import train  # noqa: E402
 from fdfo.model.adapted_pipeline import COMPUTE_TYPES  # noqa: E402
-from fdfo.model.families.base import Family  # noqa: E402
-from fdfo.model.families.registry import find_family  # noqa: E402
 from fdfo.model.flow_model import FlowModel  # noqa: E402
 from fdfo.model.memory import trajectory_storage  # noqa: E402
-from fdfo.model.text import TextEmbeddings  # noqa: E402
 from rewards.scorer import WeightedReward  # noqa: E402
 
 
@@ -128,58 +119,6 @@ class FullSizeConfig:
     """JSON file for the figures"""
 
 
-def on_meta(name: str) -> Family:
-    """Return the model without weights: its family, around a transformer of the true size on the meta device."""
-    network = getattr(diffusers, DiffusionPipeline.load_config(name)["transformer"][1])
-    config = network.load_config(name, subfolder="transformer")
-    with torch.device("meta"):
-        transformer = network.from_config(config).requires_grad_(False)
-    return find_family(name)(SimpleNamespace(transformer=transformer, vae_scale_factor=8, patch_size=2))
-
-
-def mean_text(text: TextEmbeddings) -> TextEmbeddings:
-    """Return one row, on the meta device, as long as these prompts are in the mean."""
-    if text.lengths is None:
-        return text.rows([0]).to(torch.device("meta"))
-    length = round(text.lengths.double().mean().item())
-    return TextEmbeddings(torch.empty(1, length, text.tokens.shape[2], device="meta"), None, torch.tensor([length]))
-
-
-def count_tflop(name: str, text: TextEmbeddings, resolution: int) -> tuple[float, float]:
-    """Return the TFLOP of one sample's forward pass, and of forward and backward with the LoRA, counted by PyTorch on the meta device.
-
-    text: of some prompts of the share.
-    """
-    family, text = on_meta(name), mean_text(text)
-    transformer = family.pipe.transformer
-    with torch.device("meta"):
-        get_peft_model(transformer, LoraConfig(r=32, lora_alpha=64, target_modules=family.lora_targets(transformer)))
-        tokens, pooled = (None if part is None else part.float() for part in (text.tokens, text.pooled))
-        x, text = torch.randn(1, *family.latent_shape(resolution)), TextEmbeddings(tokens, pooled, text.lengths)
-        with FlopCounterMode(display=False) as forward:
-            v = family.velocity(x, torch.ones(1), text)
-        with FlopCounterMode(display=False) as backward:
-            v.sum().backward()
-    return forward.get_total_flops() / 1e12, (forward.get_total_flops() + backward.get_total_flops()) / 1e12
-
-
-def ceiling(dtype: torch.dtype, seconds: float = 0.0) -> float:
-    """Measure TFLOP/s of a matrix product of 8192^3: median of 20 on a cool GPU, or of the last 20 after some seconds.
-
-    A GPU at its power limit lowers its clock, so that what it can do for a moment is not what it can do for an epoch.
-    """
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=dtype)
-    times, begin = [], time.perf_counter()
-    while len(times) < 25 or time.perf_counter() - begin < seconds:
-        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        start.record()
-        a @ b
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2 * 8192**3 / sorted(times[-20:])[10] / 1e9
-
-
 def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainConfig:
     """Return the options that train.py would get."""
     preset = PRESETS[config.preset]
@@ -206,30 +145,6 @@ def ballast(run: TrainConfig, pairs: int, device: torch.device) -> list[torch.Te
     latent = math.prod(on_meta(run.pretrained_model).latent_shape(run.sample.resolution))
     epoch = torch.ones(2 * pairs * missing * latent, dtype=torch.float16, device=trajectory_storage(run, device))
     return [epoch, torch.ones(2 * 2 * plan_batches(run, 1).sample_batch * missing * latent, dtype=torch.float16, device=device)]
-
-
-@contextlib.contextmanager
-def peaks_by_stage() -> Iterator[dict[str, dict[str, float]]]:
-    """Record the largest memory on the GPU in every stage, 10^9 bytes; `start` is what comes before the first one."""
-    peaks, stage = {}, StageClock.stage
-
-    def note(name: str) -> None:
-        found = {"allocated": torch.cuda.max_memory_allocated() / 1e9, "reserved": torch.cuda.max_memory_reserved() / 1e9}
-        peaks[name] = {kind: max(value, peaks.get(name, found)[kind]) for kind, value in found.items()}
-        torch.cuda.reset_peak_memory_stats()
-
-    @contextlib.contextmanager
-    def watched(clock: StageClock, name: str) -> Iterator[None]:
-        note("between stages" if peaks else "start")
-        with stage(clock, name):
-            yield
-        note(name)
-
-    StageClock.stage = watched
-    try:
-        yield peaks
-    finally:
-        StageClock.stage = stage
 
 
 def main(config: FullSizeConfig) -> None:
@@ -260,7 +175,11 @@ def main(config: FullSizeConfig) -> None:
             lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
             text = run.model.encode_prompts(run.prompts[:16], 1.0)[0]
             work = count_tflop(settings.pretrained_model, text, settings.sample.resolution)
-            report(config, settings, job.world_size, {"ceiling": top, "peaks": peaks, "tflop": work}, lines)
+            found = figures(settings, job.world_size, {"ceiling": top, "peaks": peaks, "tflop": work}, lines)
+            result = {"device": torch.cuda.get_device_name(), "config": to_dict(config), "versions": versions()} | found
+            print(json.dumps(result, indent=2))
+            if config.out is not None:
+                config.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def share_first_gpu() -> None:
@@ -290,47 +209,6 @@ def keep_first_step(path: Path) -> None:
 
     path.unlink(missing_ok=True)
     fdfo.method.update.reduce_gradient, fdfo.method.trainer.score_share = reduce_and_keep, score_and_keep
-
-
-def report(config: FullSizeConfig, settings: TrainConfig, processes: int, measured: dict, lines: list[dict]) -> None:
-    """Write the figures of rank 0 as JSON, to the console and to --out. measured: ceiling, peaks and work; lines: the run's log."""
-    top, peaks = measured["ceiling"], measured["peaks"]
-    start, epoch = (next(line for line in lines if line["kind"] == kind) for kind in ("start", "epoch"))
-    steps = [line for line in lines if line["kind"] == "step"]
-    seconds = {name: value for name, value in epoch["seconds"].items() if name != "checkpoint"}
-    (forward, both), steps_done = measured["tflop"], settings.sample.num_solver_steps
-    all_steps = PRESETS[config.preset].sample.num_solver_steps
-    plan = plan_batches(settings, processes)
-    trained, drawn = plan.samples // processes, settings.train.steps_per_trajectory is not None
-    scaled = ("sample",) if drawn else ("sample", "update")  # with the solver steps
-    whole = {name: value * (all_steps / steps_done if name in scaled else 1) for name, value in seconds.items()}
-    rates = {
-        name: {"samples_per_second": samples / seconds[name], "tflop_per_second": samples * work / seconds[name]}
-        for name, samples, work in (
-            ("sample", 2 * config.pairs * steps_done, forward),
-            ("update", trained, both),
-        )
-    }
-    result = {
-        "device": torch.cuda.get_device_name(), "config": to_dict(config), "processes": processes, "versions": versions(),
-        "batch_sizes": {"pairs in sampling": plan.sample_batch, "samples in training": plan.train_batch},
-        "trained_samples": trained,
-        "seconds": seconds, "share_seconds": sum(whole.values()), "seconds_with_all_steps": whole,
-        "epoch_gpu_seconds": 432 / config.pairs * sum(whole.values()),
-        "tflop_per_sample": {"forward": forward, "forward and backward": both}, "ceiling_tflop_per_second": top, "rates": rates,
-        "share_of_ceiling": {
-            name: {kind: rate["tflop_per_second"] / value for kind, value in top.items()} for name, rate in rates.items()
-        },
-        "compile_seconds": start["compile_seconds"], "ratio_at_unchanged_weights": steps[0]["ratio_first"],
-        "evaluation_seconds": [line["seconds"] for line in lines if line["kind"] == "eval"],
-        "loss_scale": [step["loss_scale"] for step in steps], "grad_norm": [step["grad_norm"] for step in steps],
-        "peak_gb": {kind: max(peak[kind] for peak in peaks.values()) for kind in ("allocated", "reserved")},
-        "peak_gb_by_stage": peaks,
-        "peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-    }  # fmt: skip
-    print(json.dumps(result, indent=2))
-    if config.out is not None:
-        config.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
