@@ -74,6 +74,13 @@ class RivalOptions(Options):
         """Return the images of a prompt in an epoch."""
         return self.group
 
+    def check(self) -> None:
+        """Raise UserError for values that no run can have together."""
+        if self.images % self.per_prompt or self.images % 2:
+            raise UserError(
+                f"--images {self.images} is no even number of images, {self.per_prompt} for each prompt: change one of the two."
+            )
+
 
 @dataclass(frozen=True)
 class Prompted:
@@ -119,11 +126,8 @@ class Rival(Protocol):
 
 
 def tiny_config(options: RivalOptions, name: str) -> TrainConfig:
-    """Return the tiny preset with a rival's options. Raises UserError for images that are no whole groups."""
-    if options.images % options.per_prompt or options.images % 2:
-        raise UserError(
-            f"--images {options.images} is no even number of images, {options.per_prompt} for each prompt: change one of the two."
-        )
+    """Return the tiny preset with a rival's options. Raises UserError for options that do not fit together."""
+    options.check()
     tiny = PRESETS["tiny"]
     return dataclasses.replace(
         tiny, train=dataclasses.replace(tiny.train, learning_rate=options.learning_rate, adam_beta2=options.adam_beta2),

@@ -66,6 +66,15 @@ class VariantOptions(RivalOptions):
     def per_prompt(self) -> int:
         return self.group * self.starts_per_prompt
 
+    def check(self) -> None:
+        super().check()
+        if self.baseline == "best-worst" and self.group == 2:
+            raise UserError("--baseline best-worst has no effect on the 2 branches of --group 2: give a larger --group.")
+        if self.baseline == "prompt" and self.starts_per_prompt == 1:
+            raise UserError("--baseline prompt has no effect with one start a prompt: give more --starts-per-prompt.")
+        if self.ema_eval and not self.ema:
+            raise UserError("--ema-eval has no effect without --ema: give both, or leave it out.")
+
 
 def deviation(values: torch.Tensor, group: int) -> torch.Tensor:
     """Return each value's deviation from the mean of its group, which lies together: [N, ...] -> [N, ...]."""
@@ -77,7 +86,7 @@ def deviation(values: torch.Tensor, group: int) -> torch.Tensor:
 
 def best_and_worst(rewards: torch.Tensor, group: int) -> torch.Tensor:
     """Return the rows of the highest and the lowest reward of each group, in the order of rows: [N] -> [2 N / group] int64."""
-    order = rewards.view(-1, group).argsort(1, stable=True)  # of equals, the first and the last
+    order = rewards.view(-1, group).argsort(dim=1, stable=True)  # of equals, the first and the last
     ends = order[:, [0, -1]].sort(1).values
     return (ends + group * torch.arange(len(ends), device=ends.device)[:, None]).flatten()
 
@@ -97,23 +106,12 @@ def gain_probabilities(means: np.ndarray, power: float) -> np.ndarray:
     return weights / weights.sum()
 
 
-def check_flags(options: VariantOptions) -> None:
-    """Raise UserError for flags that would do nothing."""
-    if options.baseline == "best-worst" and options.group == 2:
-        raise UserError("--baseline best-worst has no effect on the 2 branches of --group 2: give a larger --group.")
-    if options.baseline == "prompt" and options.starts_per_prompt == 1:
-        raise UserError("--baseline prompt has no effect with one start a prompt: give more --starts-per-prompt.")
-    if options.ema_eval and not options.ema:
-        raise UserError("--ema-eval has no effect without --ema: give both, or leave it out.")
-
-
 class FdfoVariant(Rival):
     """FDFO, with the trajectories of the epoch under way. Sample i is solver step i % T of the kept image i // T."""
 
     name = "fdfo_variants"
 
     def __init__(self, run: Run, options: VariantOptions):
-        check_flags(options)
         self.run, self.options, self.T = run, options, run.config.sample.num_solver_steps
         self.grid = run.model.sigmas(self.T, run.config.sample.resolution)  # [T + 1]
         self.weights = noise_weights(self.grid, options.noise_weight).to(run.model.device)  # [T]
