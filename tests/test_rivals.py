@@ -247,11 +247,11 @@ def test_the_variant_without_flags_is_train_py(trained: Run, job: Job, tmp_path:
 
 def test_a_variant_with_all_flags_learns_from_what_it_keeps(job: Job, tmp_path: Path):
     flags = "--group 4 --baseline best-worst --starts-per-prompt 2 --ema 0.5 --ema-eval --fall-to 0.1 --optimizer-steps 3"
-    flags += " --adam-beta2 0.9 --noise-weight -1 --gain-power 1 --churn 0.05 --clip-range 0.5"
+    flags += " --adam-beta2 0.9 --max-grad-norm 9 --noise-weight -1 --gain-power 1 --churn 0.05 --clip-range 0.5"
     options = dataclasses.replace(parse(VariantOptions, flags.split()), **SMALL, out=tmp_path)
     run = train_rival(job, options, FdfoVariant)
     group = run.learner.optimizer.param_groups[0]
-    assert group["lr"] == pytest.approx(2e-5) and group["betas"] == (0.9, 0.9)
+    assert group["lr"] == pytest.approx(2e-5) and group["betas"] == (0.9, 0.9) and run.config.train.max_grad_norm == 9
     read = LearningRun("all", 6, run.config, {"wall": 1.0}, read_log(run.folder / LOG)[0])
     assert read.cost == Cost(16, 16 * 8, 8 * 8) and len(read.of("step")) == 2 * 3
     first = read.of("step")[0], read.of("step")[3]

@@ -60,6 +60,8 @@ class RivalOptions(Options):
     """the learning rate falls linearly, to this share of it in the last epoch; 1: it stays"""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = PRESETS["tiny"].train.adam_beta2
     """AdamW beta2"""
+    max_grad_norm: Positive = PRESETS["tiny"].train.max_grad_norm
+    """norm to which the gradient of an optimizer step is clipped"""
     optimizer_steps: Count = PRESETS["tiny"].gradient_steps_per_epoch
     """optimizer steps an epoch"""
     eval_every: Count = 10
@@ -129,10 +131,10 @@ def tiny_config(options: RivalOptions, name: str) -> TrainConfig:
     """Return the tiny preset with a rival's options. Raises UserError for options that do not fit together."""
     options.check()
     tiny = PRESETS["tiny"]
+    optimizer = {field: getattr(options, field) for field in ("learning_rate", "adam_beta2", "max_grad_norm")}
     return dataclasses.replace(
-        tiny, train=dataclasses.replace(tiny.train, learning_rate=options.learning_rate, adam_beta2=options.adam_beta2),
-        seed=options.seed, runs_dir=options.out, run_name=name, num_epochs=options.num_epochs,
-        total_pairs_per_epoch=options.images // 2, gradient_steps_per_epoch=options.optimizer_steps,
+        tiny, train=dataclasses.replace(tiny.train, **optimizer), seed=options.seed, runs_dir=options.out, run_name=name,
+        num_epochs=options.num_epochs, total_pairs_per_epoch=options.images // 2, gradient_steps_per_epoch=options.optimizer_steps,
         eval_every=options.eval_every, eval_prompts=options.eval_prompts, max_batch_size=options.max_batch_size,
     )  # fmt: skip
 

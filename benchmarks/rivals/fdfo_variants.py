@@ -12,8 +12,8 @@ Without flags it is `train.py --preset tiny`: same draws, same order of samples,
   the average.
 - --noise-weight multiplies a sample's loss by a power of its noise level, with mean 1 over the grid.
 - --gain-power draws an epoch's prompts by what they still have to gain: with a probability that follows
-  (101 - mean reward of the prompt)^Q. A prompt that was not drawn yet counts as the mean of those that were. This alone depends on
-  the run's history.
+  (101 - mean reward of the prompt)^Q. A prompt that was not drawn yet counts as the mean of those that were. Only here do an
+  epoch's draws depend on the run's history.
 """
 
 import contextlib
@@ -115,8 +115,8 @@ class FdfoVariant(Rival):
         self.run, self.options, self.T = run, options, run.config.sample.num_solver_steps
         self.grid = run.model.sigmas(self.T, run.config.sample.resolution)  # [T + 1]
         self.weights = noise_weights(self.grid, options.noise_weight).to(run.model.device)  # [T]
-        self.average = run.model.adapter_copy()
-        self.means = np.full(len(run.prompts), np.nan)  # of each prompt's rewards: half that of its last images
+        self.average = [parameter.detach().clone() for parameter in run.model.trainable()]
+        self.means = np.full(len(run.prompts), np.nan)  # of each prompt's rewards: the last images count half
         kept = 2 * options.images // options.group if options.baseline == "best-worst" else options.images
         self.samples = kept * self.T
         self.cost = Cost(options.images, options.images * self.T, self.samples)
@@ -131,10 +131,8 @@ class FdfoVariant(Rival):
     def prompts(self, epoch: int, count: int) -> list[str]:
         if not self.options.gain_power:
             return super().prompts(epoch, count)
-        likely, draw = (
-            gain_probabilities(self.means, self.options.gain_power),
-            np.random.default_rng([self.run.config.seed, epoch, GAIN]),
-        )
+        likely = gain_probabilities(self.means, self.options.gain_power)
+        draw = np.random.default_rng([self.run.config.seed, epoch, GAIN])
         self.chosen = draw.choice(len(likely), count, replace=False, p=likely)
         return [self.run.prompts[i] for i in self.chosen]
 

@@ -70,6 +70,10 @@ SETTINGS = {  # of METHODS eight each: the defaults, and one change at a time
         "clip-1.0": "--clip-range 1.0",
         "clip-0.5-rate-5e-4": "--clip-range 0.5 --learning-rate 5e-4",
         "churn-0.05-clip-0.5": "--churn 0.05 --clip-range 0.5",
+        # The gradient's norm is far above 1, so that each step counts alike, however many of its pairs differ in reward.
+        "gradient-not-clipped": "--max-grad-norm 1e6",
+        # Rewards differ more between starts than between the branches of one.
+        "prompt-baseline-8": "--starts-per-prompt 8 --baseline prompt",
         # An average that lags by ten epochs needs a trust region that ten epochs of training do not leave.
         "ema-0.9-clip-1.0": "--ema 0.9 --clip-range 1.0 --ema-eval",
         # A better estimated direction bears longer steps; the falling rate takes their noise out at the end.

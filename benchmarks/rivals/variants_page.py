@@ -42,7 +42,8 @@ time, on the same harness, with {rewards} images an epoch (`benchmarks/rivals/fd
 - `--ema`: images are drawn, and v_ref taken, with an average of the adapter that keeps this share of itself an epoch.
   `--ema-eval`: the average is evaluated, too.
 - `--fall-to`: the learning rate falls linearly to this share of it in the run's last epoch.
-- `--optimizer-steps`, `--adam-beta2`: optimizer steps an epoch, and AdamW's beta2.
+- `--optimizer-steps`, `--adam-beta2`, `--max-grad-norm`: optimizer steps an epoch, AdamW's beta2, and the norm to which the
+  gradient is clipped (1 in FDFO).
 - `--noise-weight P`: samples weighted by sigma^P, or by (1 - sigma)^-P if P is below 0, with mean 1 over the grid.
 - `--gain-power Q`: prompts drawn with a probability that follows (101 - mean reward of the prompt)^Q.
 """
