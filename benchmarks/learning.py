@@ -105,8 +105,8 @@ def references(device: torch.device) -> dict[str, dict[str, float]]:
     return {name: {m: float(s.score(prompts, p).mean()) for m, s in scorers.items()} for name, p in pictures.items()}
 
 
-def run_seed(config: LearningConfig, folder: Path, job: tuple[str, int], deadline: float) -> LearningRun:
-    """Run train.py once, for (setting, seed) unless its log is in the folder; read the log."""
+def run_seed(config: LearningConfig, folder: Path, job: tuple[str, int], deadline: float, number: int) -> LearningRun:
+    """Run train.py once, for (setting, seed) unless its log is in the folder; read the log. number: of the run, for its GPU."""
     setting, seed = job
     name, _, flags = setting.partition("=")
     kept = folder / f"{name}-{seed}"
@@ -114,12 +114,17 @@ def run_seed(config: LearningConfig, folder: Path, job: tuple[str, int], deadlin
         with tempfile.TemporaryDirectory() as runs:
             command = ["train.py", "--runs-dir", runs, "--seed", seed, "--num-epochs", epochs_of(config, setting)]
             start = time.monotonic()
-            follow(config, [*command, *train_flags(config, setting)], deadline)
+            follow(config, [*command, *train_flags(config, setting)], deadline, number)
             end = {"wall": time.monotonic() - start}
             if config.grid is not None:
                 end["grid"] = score_on_grid(config, Path(runs))
             keep(Path(runs), kept, end)
-    return LearningRun(name, seed, read_config(kept), read_json(kept / END), read_log(kept / LOG)[0])
+    return read_run(kept, name, seed)
+
+
+def read_run(kept: Path, setting: str, seed: int) -> LearningRun:
+    """Read what keep() kept of a run."""
+    return LearningRun(setting, seed, read_config(kept), read_json(kept / END), read_log(kept / LOG)[0])
 
 
 def train_flags(config: LearningConfig, setting: str) -> list[str]:
@@ -143,11 +148,14 @@ def score_on_grid(config: LearningConfig, runs: Path) -> float:
     return json.loads(out.read_text())["results"][0]["metrics"]["scene"]["mean"]
 
 
-def follow(config: LearningConfig, script: list[object], deadline: float) -> None:
-    """Run a script of the project until it ends, or stop it by SIGTERM at the deadline. Raises UserError if it fails."""
+def follow(config: LearningConfig, script: list[object], deadline: float, number: int = 0) -> None:
+    """Run a script of the project until it ends, or stop it by SIGTERM at the deadline. Raises UserError if it fails.
+
+    number: of the run. Where there are several GPUs, runs get them in turn.
+    """
     command = [sys.executable, *map(str, script)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // config.parallel))
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    environment = os.environ | {"OMP_NUM_THREADS": threads} | gpu_of(number)
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
         try:
@@ -158,6 +166,15 @@ def follow(config: LearningConfig, script: list[object], deadline: float) -> Non
         errors.seek(0)
         if process.returncode not in (0, -15):  # -15 before the run could listen to it
             raise UserError(f"{' '.join(command)} failed: {errors.read()[-2000:]}")
+
+
+def gpu_of(number: int) -> dict[str, str]:
+    """Return the environment that gives a run its GPU, one of those that this process sees."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number % count]}
 
 
 def keep(runs: Path, kept: Path, end: dict[str, float]) -> None:
@@ -181,7 +198,7 @@ def main(config: LearningConfig) -> None:
     jobs = [(setting, seed) for seed in config.seeds for setting in config.settings]  # so that the first seeds end first
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(config.parallel) as pool:
         folder = config.logs or Path(temporary)
-        runs = list(pool.map(lambda job: run_seed(config, folder, job, deadline), jobs))
+        runs = list(pool.map(lambda number, job: run_seed(config, folder, job, deadline, number), range(len(jobs)), jobs))
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     command = f"python benchmarks/learning.py {' '.join(map(quoted, sys.argv[1:]))}"
     head = f"`{command}` on {machine}, {config.parallel} run(s) at a time, torch {torch.__version__}."

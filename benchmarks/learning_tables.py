@@ -60,6 +60,10 @@ class LearningRun:
         evaluations = [evaluation_of(line) for line in self.of("eval")]
         return {one.epoch: fmean(value for value in one.scores["scene"] if math.isfinite(value)) for one in evaluations}
 
+    def means(self, name: str) -> dict[int, float]:
+        """Return a held-out mean by epoch, as the log has it."""
+        return {line["epoch"]: line["means"][name] for line in self.of("eval")}
+
     def seconds(self) -> list[float]:
         """Return the seconds of each epoch."""
         return [sum(line["seconds"].values()) for line in self.of("epoch")]

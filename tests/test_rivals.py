@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, ROOT
@@ -14,16 +15,28 @@ from fdfo.config.errors import UserError
 from fdfo.config.options import to_json
 from fdfo.config.presets import PRESETS
 from fdfo.distributed.job import Job
+from fdfo.method.estimator import pair_deviation
+from fdfo.method.prepare import Run
 from fdfo.method.trainer import train
 from fdfo.run_folder.find_checkpoint import CONFIG
 from fdfo.run_folder.log import LOG, read_log
 
-sys.path.insert(0, str(ROOT / "benchmarks" / "rivals"))
+sys.path[:0] = [str(ROOT / "benchmarks" / "rivals"), str(ROOT / "benchmarks")]
 
+import long_runs  # noqa: E402
 import rival_page  # noqa: E402
 import tune  # noqa: E402
-from common import RivalOptions, tiny_config, train_rival  # noqa: E402
+import variants_page  # noqa: E402
+from common import RivalOptions, learning_rate, move_average, tiny_config, train_rival  # noqa: E402
 from diffusion_nft import DiffusionNft, NftOptions, nft_loss, optimality  # noqa: E402
+from fdfo_variants import (  # noqa: E402
+    FdfoVariant,
+    VariantOptions,
+    best_and_worst,
+    deviation,
+    gain_probabilities,
+    noise_weights,
+)
 from flow_grpo import (  # noqa: E402
     FlowGrpo,
     FlowGrpoOptions,
@@ -34,7 +47,7 @@ from flow_grpo import (  # noqa: E402
     sde_step,
     velocity_weights,
 )
-from learning import END  # noqa: E402
+from learning import END, gpu_of  # noqa: E402
 from learning_tables import Cost, LearningRun  # noqa: E402
 
 GRID = torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0])
@@ -132,15 +145,75 @@ def test_rewards_become_probabilities():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# FDFO's variants
+
+
+def test_deviations_from_the_mean_of_a_group():
+    values = normals(8, 2)
+    torch.testing.assert_close(deviation(values, 2), pair_deviation(values), rtol=0, atol=0)
+    of_four = deviation(values, 4)
+    torch.testing.assert_close(of_four[:4] - of_four[0], values[:4] - values[0])
+    torch.testing.assert_close(of_four.view(2, 4, 2).sum(1), torch.zeros(2, 2).double())
+
+
+def test_the_best_and_the_worst_branch_are_kept_in_the_order_of_rows():
+    rewards = torch.tensor([3.0, 9.0, 1.0, 4.0, 7.0, 5.0, 6.0, 2.0, 8.0, 8.0, 8.0, 8.0])
+    assert best_and_worst(rewards, 4).tolist() == [1, 2, 4, 7, 8, 11]
+    assert best_and_worst(rewards, 2).tolist() == list(range(12))
+
+
+def test_weights_by_noise_level():
+    assert noise_weights(GRID, 0).tolist() == [1, 1, 1, 1]
+    assert noise_weights(GRID, 1).tolist() == pytest.approx([sigma / 0.675 for sigma in (1, 0.9, 0.6, 0.2)])
+    assert noise_weights(GRID, -2).tolist() == pytest.approx([part**2 / 0.2025 for part in (0, 0.1, 0.4, 0.8)])
+
+
+def test_prompts_are_drawn_by_what_they_have_to_gain():
+    assert gain_probabilities(np.full(4, np.nan), 2).tolist() == [0.25] * 4
+    means = np.array([100, 98, np.nan])  # the last counts as 99
+    assert gain_probabilities(means, 1).tolist() == pytest.approx([1 / 6, 3 / 6, 2 / 6])
+    assert gain_probabilities(means, 2).tolist() == pytest.approx([1 / 14, 9 / 14, 4 / 14])
+
+
+def test_the_learning_rate_falls_and_the_average_follows():
+    falls = VariantOptions(num_epochs=5, learning_rate=1e-3, fall_to=0.2)
+    assert [learning_rate(falls, epoch) for epoch in range(5)] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    assert learning_rate(dataclasses.replace(falls, fall_to=1.0), 3) == 1e-3
+    average = [torch.tensor([0.0, 4.0])]
+    move_average(average, [torch.nn.Parameter(torch.tensor([8.0, 4.0]))], 0.75)
+    assert average[0].tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--baseline best-worst", "--baseline best-worst has no effect"),
+        ("--baseline prompt", "--baseline prompt has no effect"),
+        ("--ema-eval", "--ema-eval has no effect"),
+        ("--group 3", "--group is 3: it should be a multiple of 2"),
+        ("--group 12", "256 is no even number of images, 12 for each prompt"),
+    ],
+)
+def test_flags_of_variants_that_do_not_fit(flags: str, message: str):
+    with pytest.raises(UserError, match=message):
+        tiny_config(parse(VariantOptions, flags.split()), "variant")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # runs
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of train.py."""
+    small = {"num_epochs": 2, "total_pairs_per_epoch": 8, "eval_every": 1, "eval_prompts": 8}
+    return train(Job(0, 1, CPU), dataclasses.replace(PRESETS["tiny"], **small, runs_dir=tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture
+def base(trained: Run) -> dict:
     """The line of the evaluation before training, of train.py."""
-    small = {"num_epochs": 1, "total_pairs_per_epoch": 8, "eval_every": 5, "eval_prompts": 8}
-    config = dataclasses.replace(PRESETS["tiny"], **small, runs_dir=tmp_path_factory.mktemp("base"))
-    return train(Job(0, 1, CPU), config).log.evaluations[0]
+    return trained.log.evaluations[0]
 
 
 RIVALS = [(FlowGrpo, FlowGrpoOptions(**SMALL, kl_weight=0.01)), (DiffusionNft, NftOptions(**SMALL, noise_levels=4))]
@@ -162,8 +235,32 @@ def test_a_rival_starts_as_train_py_and_logs_as_it_does(rival: type, options: Ri
         assert read.of("step")[0]["distance_to_old"] == pytest.approx(0, abs=1e-8)
 
 
+def test_the_variant_without_flags_is_train_py(trained: Run, job: Job, tmp_path: Path):
+    run = train_rival(job, VariantOptions(**SMALL, out=tmp_path), FdfoVariant)
+    lines, wanted = ([line for line in read_log(one.folder / LOG)[0] if line["kind"] != "start"] for one in (run, trained))
+    assert [(line["kind"], line["epoch"]) for line in lines] == [(line["kind"], line["epoch"]) for line in wanted]
+    for line, other in zip(lines, wanted, strict=True):
+        for name in {"reward_mean", "reward_std", "loss", "clipfrac", "ratio_mean", "grad_norm", "means"} & set(other):
+            if name in line:
+                assert line[name] == pytest.approx(other[name], rel=1e-4), (line["kind"], line["epoch"], name)
+
+
+def test_a_variant_with_all_flags_learns_from_what_it_keeps(job: Job, tmp_path: Path):
+    flags = "--group 4 --baseline best-worst --starts-per-prompt 2 --ema 0.5 --ema-eval --fall-to 0.1 --optimizer-steps 3"
+    flags += " --adam-beta2 0.9 --max-grad-norm 9 --noise-weight -1 --gain-power 1 --churn 0.05 --clip-range 0.5"
+    options = dataclasses.replace(parse(VariantOptions, flags.split()), **SMALL, out=tmp_path)
+    run = train_rival(job, options, FdfoVariant)
+    group = run.learner.optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(2e-5) and group["betas"] == (0.9, 0.9) and run.config.train.max_grad_norm == 9
+    read = LearningRun("all", 6, run.config, {"wall": 1.0}, read_log(run.folder / LOG)[0])
+    assert read.cost == Cost(16, 16 * 8, 8 * 8) and len(read.of("step")) == 2 * 3
+    first = read.of("step")[0], read.of("step")[3]
+    assert first[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert abs(first[1]["ratio_mean"] - 1) > 1e-5  # the network is ahead of the average that drew
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# tuning and the page
+# tuning and the pages
 
 
 def fake_run(folder: Path, epochs: int, scene: float, seed: int) -> None:
@@ -181,7 +278,7 @@ def fake_run(folder: Path, epochs: int, scene: float, seed: int) -> None:
 
 
 def test_the_flags_of_all_settings_exist():
-    for method, read in (("flow_grpo", FlowGrpoOptions), ("diffusion_nft", NftOptions)):
+    for method, read in (("flow_grpo", FlowGrpoOptions), ("diffusion_nft", NftOptions), ("fdfo_variants", VariantOptions)):
         for flags in tune.SETTINGS[method].values():
             tiny_config(parse(read, flags.split()), method)
     for flags in tune.SETTINGS["fdfo"].values():
@@ -190,7 +287,7 @@ def test_the_flags_of_all_settings_exist():
 
 def test_the_best_setting_goes_into_the_final_and_the_page_shows_it(tmp_path: Path):
     logs, best = tmp_path / "logs", {"fdfo": "clip-0.1", "flow_grpo": "noise-1.0", "diffusion_nft": "defaults"}
-    for method, settings in tune.SETTINGS.items():
+    for method, settings in ((method, tune.SETTINGS[method]) for method in tune.METHODS):
         assert len(settings) == 8
         for setting in settings:
             fake_run(logs / "tuning" / method / f"{setting}-seed-6", 100, 90 if setting == best[method] else 80, 6)
@@ -209,3 +306,54 @@ def test_the_best_setting_goes_into_the_final_and_the_page_shows_it(tmp_path: Pa
     (logs / "tuning" / "fdfo" / "defaults-seed-6" / END).unlink()
     with pytest.raises(UserError, match="The tuning of fdfo lacks defaults"):
         tune.planned_runs(config)
+
+
+def test_the_page_on_variants_sorts_the_settings_and_the_final_takes_those_named(tmp_path: Path):
+    logs, page = tmp_path / "logs", tmp_path / "gap.md"
+    config = tune.TuneConfig(logs, ("fdfo_variants",), only=("defaults", "clip-0.5"))
+    with pytest.raises(UserError, match="fdfo_variants has no setting noise-1.0"):
+        tune.planned_runs(dataclasses.replace(config, only=("noise-1.0",)))
+    for one in tune.planned_runs(config):
+        fake_run(one.kept, one.epochs, {"defaults": 90.0, "clip-0.5": 94.0}[one.setting], one.seed)
+    fake_run(logs / "tuning" / "diffusion_nft" / "group-16-seed-6", 100, 98, 6)
+    final = dataclasses.replace(config, final=True)
+    assert [(one.setting, one.seed) for one in tune.planned_runs(final)[:3]] == [
+        ("defaults", 7),
+        ("clip-0.5", 7),
+        ("defaults", 8),
+    ]
+    for one in tune.planned_runs(final):
+        fake_run(one.kept, one.epochs, 80.0 + one.seed, one.seed)
+    variants_page.main(variants_page.PageConfig(logs, page))
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:5]] == ["| clip-0.5", "| **defaults**", "| DiffusionNFT, group-16"]
+    assert rows[2].split(" | ")[5:8] == ["94.0", "83.20", "100"] and rows[3].split(" | ")[7] == "-"
+    assert rows[7].split(" | ")[6] == "88.0 (87.0, 88.0, 89.0)" and (tmp_path / "gap.png").exists()
+
+
+def test_the_page_on_long_runs(tmp_path: Path):
+    kept, warning = tmp_path / "logs" / "defaults-6", "a step's clipfrac is 0.{}: lower --train.learning-rate"
+    fake_run(kept, 200, 90.0, 6)
+    lines = [json.loads(line) | {"best": 50, "held_out": ["scene_clip"], "warnings": []} for line in (kept / LOG).open()]
+    for epoch in range(1, 201):
+        warnings = [warning.format(epoch)] if epoch in (93, 95) else []
+        lines.append(
+            {"kind": "epoch", "epoch": epoch, "reward_mean": float(epoch), "skipped_steps": epoch % 2, "warnings": warnings}
+        )
+    (kept / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    long_runs.main(long_runs.LongConfig(tmp_path / "logs", tmp_path / "long.md"))
+    page = (tmp_path / "long.md").read_text()
+    assert "| training reward | - | 45.5 | 95.5 | 195.5 |" in page and "| scene | 70.0 | 75.0 | 80.0 | 90.0 |" in page
+    assert "checkpoints/best: epoch 50, with a mean rise of 0.00 spreads; scene 75.0 (last 90.0)" in page
+    assert "skipped optimizer steps: 100" in page and page.count("- warned") == 1
+    assert "- warned after epoch 93, 2 time(s) in all: a step's clipfrac is 0.93" in page
+
+
+def test_runs_are_dealt_to_the_gpus_that_are_seen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert gpu_of(3) == {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [gpu_of(number)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert gpu_of(1) == {"CUDA_VISIBLE_DEVICES": "6"}

@@ -5,6 +5,7 @@ evaluations are those of train.py, and its log has the same lines, so that learn
 epochs also say what an epoch costs. A rival runs in one process, in float32, and writes no checkpoints.
 """
 
+import contextlib
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -55,12 +56,32 @@ class RivalOptions(Options):
     """images of a prompt, which are each other's baseline"""
     learning_rate: Positive = 3e-4
     """AdamW learning rate"""
+    fall_to: Positive = 1.0
+    """the learning rate falls linearly, to this share of it in the last epoch; 1: it stays"""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = PRESETS["tiny"].train.adam_beta2
+    """AdamW beta2"""
+    max_grad_norm: Positive = PRESETS["tiny"].train.max_grad_norm
+    """norm to which the gradient of an optimizer step is clipped"""
+    optimizer_steps: Count = PRESETS["tiny"].gradient_steps_per_epoch
+    """optimizer steps an epoch"""
     eval_every: Count = 10
     """epochs between evaluations"""
     eval_prompts: Annotated[int | None, Field(ge=2, le=512)] = None
     """number of held-out prompts: 128 if left out, as in train.py"""
     max_batch_size: Count = 256
     """largest micro-batch"""
+
+    @property
+    def per_prompt(self) -> int:
+        """Return the images of a prompt in an epoch."""
+        return self.group
+
+    def check(self) -> None:
+        """Raise UserError for values that no run can have together."""
+        if self.images % self.per_prompt or self.images % 2:
+            raise UserError(
+                f"--images {self.images} is no even number of images, {self.per_prompt} for each prompt: change one of the two."
+            )
 
 
 @dataclass(frozen=True)
@@ -69,20 +90,25 @@ class Prompted:
 
     epoch: int
     prompts: list[str]  # [N], one for each image
-    texts: TextEmbeddings  # N / group rows, on the device
-    group: int
+    texts: TextEmbeddings  # N / per_prompt rows, on the device
+    per_prompt: int
 
     def text(self, rows: torch.Tensor) -> TextEmbeddings:
         """Return the text of some images: rows [n] int64, on the device -> n rows."""
-        return self.texts.rows(rows // self.group)
+        return self.texts.rows(rows // self.per_prompt)
 
 
 class Rival(Protocol):
     """A method, with what it keeps of the epoch under way: S samples to train on."""
 
     name: str
+    run: Run
     cost: Cost  # of an epoch
     samples: int  # S
+
+    def prompts(self, epoch: int, count: int) -> list[str]:
+        """Return the different prompts of an epoch: those of train.py, unless a method chooses others."""
+        return epoch_prompts(self.run.prompts, epoch, count, self.run.config.seed)
 
     def sample(self, images: Prompted) -> torch.Tensor:
         """Draw the images -> final latents [N, C, H, W]."""
@@ -96,18 +122,20 @@ class Rival(Protocol):
     def finish(self, epochs: int) -> None:
         """End an epoch after its optimizer steps. epochs: those done."""
 
+    def evaluated(self) -> contextlib.AbstractContextManager:
+        """Return the context of an evaluation, in which the model has the weights to evaluate: those trained, unless a method has others."""
+        return contextlib.nullcontext()
+
 
 def tiny_config(options: RivalOptions, name: str) -> TrainConfig:
-    """Return the tiny preset with a rival's options. Raises UserError for images that are no whole groups."""
-    if options.images % options.group or options.images % 2:
-        raise UserError(
-            f"--images {options.images} is no even number of images in whole groups of {options.group}: change one of the two."
-        )
+    """Return the tiny preset with a rival's options. Raises UserError for options that do not fit together."""
+    options.check()
     tiny = PRESETS["tiny"]
+    optimizer = {field: getattr(options, field) for field in ("learning_rate", "adam_beta2", "max_grad_norm")}
     return dataclasses.replace(
-        tiny, train=dataclasses.replace(tiny.train, learning_rate=options.learning_rate), seed=options.seed, runs_dir=options.out,
-        run_name=name, num_epochs=options.num_epochs, total_pairs_per_epoch=options.images // 2, eval_every=options.eval_every,
-        eval_prompts=options.eval_prompts, max_batch_size=options.max_batch_size,
+        tiny, train=dataclasses.replace(tiny.train, **optimizer), seed=options.seed, runs_dir=options.out, run_name=name,
+        num_epochs=options.num_epochs, total_pairs_per_epoch=options.images // 2, gradient_steps_per_epoch=options.optimizer_steps,
+        eval_every=options.eval_every, eval_prompts=options.eval_prompts, max_batch_size=options.max_batch_size,
     )  # fmt: skip
 
 
@@ -123,6 +151,18 @@ def image_noise(run: Run, epoch: int, rows: torch.Tensor, stream: int) -> torch.
     return torch.stack(draws).to(run.model.device)
 
 
+def learning_rate(options: RivalOptions, epoch: int) -> float:
+    """Return the learning rate of an epoch, counted from 0."""
+    return options.learning_rate * (1 + (options.fall_to - 1) * epoch / max(1, options.num_epochs - 1))
+
+
+def move_average(average: list[torch.Tensor], parameters: list[torch.nn.Parameter], rate: float) -> None:
+    """Move an average of the adapter to the adapter: average <- rate average + (1 - rate) parameters."""
+    with torch.no_grad():
+        for mean, parameter in zip(average, parameters, strict=True):
+            mean.mul_(rate).add_(parameter, alpha=1 - rate)
+
+
 def train_rival(job: Job, options: RivalOptions, kind: type) -> Run:
     """Train with a rival, and return the finished run. Raises UserError; raises Stopped if a signal asks for it."""
     run = prepare(job, tiny_config(options, kind.name), FRESH)
@@ -136,10 +176,12 @@ def train_rival(job: Job, options: RivalOptions, kind: type) -> Run:
     rival = kind(run, options)
     with guarded(job, run.config.timeout_minutes) as guard:
         stages = Stages(job, StageClock(job.device), guard)
-        evaluate(run, stages)
+        with rival.evaluated():
+            evaluate(run, stages)
         while run.progress.epochs < options.num_epochs:
             train_epoch(run, rival, options, stages)
-            evaluate(run, stages)
+            with rival.evaluated():
+                evaluate(run, stages)
     return run
 
 
@@ -147,14 +189,16 @@ def train_epoch(run: Run, rival: Rival, options: RivalOptions, stages: Stages) -
     """Train one epoch: draw, score, update, log."""
     epoch, config, model = run.progress.epochs, run.config, run.model
     with stages("sample", epoch + 1):
-        prompts = epoch_prompts(run.prompts, epoch, options.images // options.group, config.seed)
+        prompts = rival.prompts(epoch, options.images // options.per_prompt)
         texts = model.encode_prompts(prompts, 1.0)[0]
-        images = Prompted(epoch, [prompt for prompt in prompts for _ in range(options.group)], texts, options.group)
+        images = Prompted(epoch, [prompt for prompt in prompts for _ in range(options.per_prompt)], texts, options.per_prompt)
         decoded = model.decode(rival.sample(images))  # [N, 3, height, width]
     with stages("score", epoch + 1):
         scores = run.judges.reward.score(images.prompts, decoded)
         rewards = run.judges.reward.total(scores)
         rival.judge(rewards)
+    for group in run.learner.optimizer.param_groups:
+        group["lr"] = learning_rate(options, epoch)
     order, steps = np.random.default_rng([config.seed, epoch, 0x5A]).permutation(rival.samples), []
     for number, part in enumerate(np.array_split(order, config.gradient_steps_per_epoch)):
         with stages("update", epoch + 1, number):

@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from common import Cost, Prompted, RivalOptions, image_noise, main, row_batches
+from common import Cost, Prompted, Rival, RivalOptions, image_noise, main, move_average, row_batches
 from pydantic import Field
 
 from fdfo.config.options import Count, NotNegative, Positive
@@ -80,7 +80,7 @@ def nft_loss(
     return r * squared_error(positive, target, t, weighting) + (1 - r) * squared_error(negative, target, t, weighting)
 
 
-class DiffusionNft:
+class DiffusionNft(Rival):
     """DiffusionNFT, with the noised images of the epoch under way. Sample i is noise level i % K of image i // K."""
 
     name = "diffusion_nft"
@@ -134,12 +134,9 @@ class DiffusionNft:
         loss = nft_loss(v, v_old, self.target[batch], t, self.r[row], options.beta, options.weighting)
         return loss, {"distance_to_old": (v.detach() - v_old).square().mean(DIMS)}
 
-    @torch.no_grad()
     def finish(self, epochs: int) -> None:
         """Move the old policy towards the network."""
-        eta = min(self.options.old_rise * epochs, self.options.old_most)
-        for old, parameter in zip(self.old, self.run.model.trainable(), strict=True):
-            old.mul_(eta).add_(parameter, alpha=1 - eta)
+        move_average(self.old, self.run.model.trainable(), min(self.options.old_rise * epochs, self.options.old_most))
 
 
 if __name__ == "__main__":

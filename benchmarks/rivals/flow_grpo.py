@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from common import Cost, Prompted, RivalOptions, image_noise, main, row_batches
+from common import Cost, Prompted, Rival, RivalOptions, image_noise, main, row_batches
 from pydantic import Field
 
 from fdfo.config.options import NotNegative, Positive
@@ -92,7 +92,7 @@ def group_advantages(rewards: torch.Tensor, group: int) -> torch.Tensor:
     return ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)).flatten()
 
 
-class FlowGrpo:
+class FlowGrpo(Rival):
     """Flow-GRPO, with the trajectories of the epoch under way. Sample i is step i % T of image i // T."""
 
     name = "flow_grpo"

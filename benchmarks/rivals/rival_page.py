@@ -11,7 +11,8 @@ from statistics import fmean
 
 import numpy as np
 import tyro
-from tune import METHODS, SETTINGS, best_setting, kept_runs, quality, whole
+from settings import METHODS, SETTINGS
+from tune import best_setting, kept_runs, quality, whole
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -55,11 +56,6 @@ class PageConfig:
 Groups = dict[str, list[LearningRun]]
 
 
-def of_score(run: LearningRun, name: str) -> dict[int, float]:
-    """Return a held-out mean by epoch."""
-    return {line["epoch"]: line["means"][name] for line in run.of("eval")}
-
-
 def networks(run: LearningRun) -> int:
     """Return the network evaluations of an epoch; one with a backward pass counts once."""
     return run.cost.forwards + run.cost.trained
@@ -69,7 +65,7 @@ def score_table(groups: Groups, name: str) -> list[str]:
     """Show a score by epoch, which is also by reward evaluations: mean of the seeds, and each."""
     reached = [epoch for epoch in MILESTONES if all(epoch in run.curve() for runs in groups.values() for run in runs)]
     rows = [
-        [NAMES[method], *(shown([of_score(run, name)[epoch] for run in runs], ".1f") for epoch in reached)]
+        [NAMES[method], *(shown([run.means(name)[epoch] for run in runs], ".1f") for epoch in reached)]
         for method, runs in groups.items()
     ]
     rewards = next(iter(groups.values()))[0].cost.rewards
@@ -84,7 +80,7 @@ def network_table(groups: Groups, name: str) -> list[str]:
         cells = []
         for epoch in MILESTONES:
             at = [
-                np.interp(epoch * each / networks(run), *zip(*of_score(run, name).items(), strict=True), right=math.nan)
+                np.interp(epoch * each / networks(run), *zip(*run.means(name).items(), strict=True), right=math.nan)
                 for run in runs
             ]
             cells.append(shown(list(map(float, at)), ".1f"))
@@ -156,7 +152,7 @@ def plot(path: Path, groups: Groups) -> None:
             x = np.array(epochs) * each
             (line,) = axes.plot(x, scores.mean(0), marker=".", label=f"{NAMES[method]} ({len(runs)} seeds)")
             axes.fill_between(x, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-        diversity = [fmean(of_score(run, "pixel_diversity")[epoch] for run in runs) for epoch in epochs]
+        diversity = [fmean(run.means("pixel_diversity")[epoch] for run in runs) for epoch in epochs]
         right.plot(scores.mean(0), diversity, marker=".", label=NAMES[method])
     labels = (
         (left, "reward evaluations, thousands", "held-out scene score"),

@@ -4,9 +4,16 @@ python benchmarks/rivals/tune.py --logs rival_logs --methods flow_grpo --paralle
 python benchmarks/rivals/tune.py --logs rival_logs --final --parallel 9 --minutes 8.5               # the best of each, three seeds
 python benchmarks/rivals/rival_page.py --logs rival_logs --out docs/rivals.md
 
-A run whose whole log is in the folder is not run again, so that a call that ran out of time can be repeated. A run stopped by
---minutes leaves the log that it has, and begins again in the next call. The best setting is that with the highest held-out scene
-score, averaged over the evaluations after epoch 0. The final seeds are others than those of the tuning.
+FDFO with changes to it, which METHODS do not include; variants_page.py writes their page:
+
+python benchmarks/rivals/tune.py --logs rival_logs --methods fdfo_variants --parallel 8 --minutes 8
+python benchmarks/rivals/tune.py --logs rival_logs --methods fdfo_variants --final --only defaults branches-8 --parallel 6
+python benchmarks/rivals/variants_page.py --logs rival_logs --out docs/gap.md
+
+Where there are several GPUs, the runs are dealt to them one by one. A run whose whole log is in the folder is not run again, so
+that a call that ran out of time can be repeated. A run stopped by --minutes leaves the log that it has, and begins again in the
+next call. The best setting is that with the highest held-out scene score, averaged over the evaluations after epoch 0. The final
+seeds are others than those of the tuning.
 """
 
 import json
@@ -19,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
 import torch
 import tyro
@@ -27,54 +33,13 @@ import tyro
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from learning import END, LearningConfig, follow, keep  # noqa: E402
+from learning import END, LearningConfig, follow, keep, read_run  # noqa: E402
 from learning_tables import LearningRun  # noqa: E402
+from settings import METHODS, SCRIPTS, SETTINGS, Method  # noqa: E402
 
 from fdfo.config.errors import UserError  # noqa: E402
 from fdfo.distributed.launch import run_command_line  # noqa: E402
-from fdfo.run_folder.find_checkpoint import read_config  # noqa: E402
-from fdfo.run_folder.log import LOG, read_log  # noqa: E402
-from fdfo.storage.atomic_files import read_json  # noqa: E402
-
-Method = Literal["fdfo", "flow_grpo", "diffusion_nft"]
-METHODS: tuple[Method, ...] = ("fdfo", "flow_grpo", "diffusion_nft")
-SCRIPTS = {
-    "fdfo": ("train.py", "--preset", "tiny", "--save-freq", "1000", "--runs-dir"),
-    "flow_grpo": ("benchmarks/rivals/flow_grpo.py", "--out"),
-    "diffusion_nft": ("benchmarks/rivals/diffusion_nft.py", "--out"),
-}
-SETTINGS = {  # eight of each method: its defaults, and one change at a time
-    "fdfo": {
-        "defaults": "",
-        "rate-1e-4": "--train.learning-rate 1e-4",
-        "rate-3e-4": "--train.learning-rate 3e-4",
-        "rate-5e-4": "--train.learning-rate 5e-4",
-        "churn-0.01": "--churn.weight 0.01",
-        "churn-0.05": "--churn.weight 0.05",
-        "clip-0.1": "--train.clip-range 0.1",
-        "beta2-0.95": "--train.adam-beta2 0.95",
-    },
-    "flow_grpo": {
-        "defaults": "",
-        "rate-1e-4": "--learning-rate 1e-4",
-        "rate-1e-3": "--learning-rate 1e-3",
-        "noise-0.4": "--noise 0.4",
-        "noise-1.0": "--noise 1.0",
-        "clip-0.05": "--clip-range 0.05",
-        "group-16": "--group 16",
-        "steps-4": "--solver-steps 4",
-    },
-    "diffusion_nft": {
-        "defaults": "",
-        "rate-1e-4": "--learning-rate 1e-4",
-        "rate-1e-3": "--learning-rate 1e-3",
-        "beta-0.1": "--beta 0.1",
-        "beta-0.3": "--beta 0.3",
-        "group-16": "--group 16",
-        "levels-2": "--noise-levels 2",
-        "old-0.5": "--old-rise 0.5",
-    },
-}
+from fdfo.run_folder.log import LOG  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -86,7 +51,10 @@ class TuneConfig:
     methods: tuple[Method, ...] = METHODS
     """what to run"""
     final: bool = False
-    """run the best setting of each method with the final seeds, instead of all settings with the seed of the tuning"""
+    """run the best setting of each method, or those of --only, with the final seeds, instead of all settings with the seed of the
+    tuning"""
+    only: tuple[str, ...] = ()
+    """names of the settings to run"""
     tuning_epochs: int = 100
     """epochs of a run of the tuning"""
     final_epochs: int = 200
@@ -120,7 +88,7 @@ def kept_runs(folder: Path, method: str) -> list[LearningRun]:
     runs = []
     for kept in (path.parent for path in paths):
         setting, _, seed = kept.name.rpartition("-seed-")
-        runs.append(LearningRun(setting, int(seed), read_config(kept), read_json(kept / END), read_log(kept / LOG)[0]))
+        runs.append(read_run(kept, setting, int(seed)))
     return runs
 
 
@@ -148,13 +116,24 @@ def best_setting(logs: Path, method: str) -> str:
     return max(SETTINGS[method], key=lambda name: fmean(quality(run) for run in runs if run.setting == name))
 
 
+def chosen_settings(config: TuneConfig, method: Method) -> list[str]:
+    """Return the settings of a method to run. Raises UserError for a name in --only that it lacks."""
+    if unknown := set(config.only) - set(SETTINGS[method]):
+        raise UserError(
+            f"{method} has no setting {', '.join(sorted(unknown))}: give --only some of {', '.join(SETTINGS[method])}."
+        )
+    if config.only:
+        return list(config.only)
+    return [best_setting(config.logs, method)] if config.final else list(SETTINGS[method])
+
+
 def planned_runs(config: TuneConfig) -> list[Planned]:
     """Return the runs to make, but for those that are there already."""
     part, epochs = ("final", config.final_epochs) if config.final else ("tuning", config.tuning_epochs)
     planned = []
     for seed in config.final_seeds if config.final else config.tuning_seeds:
         for method in config.methods:
-            for setting in [best_setting(config.logs, method)] if config.final else SETTINGS[method]:
+            for setting in chosen_settings(config, method):
                 kept = config.logs / part / method / f"{setting}-seed-{seed}"
                 planned.append(Planned(method, setting, seed, epochs, kept))
     return [one for one in planned if not is_done(one)]
@@ -168,8 +147,8 @@ def is_done(planned: Planned) -> bool:
     return any(run.setting == planned.setting and (whole(run) or bool(run.end.get("broke"))) for run in found)
 
 
-def make_run(config: TuneConfig, planned: Planned, deadline: float) -> None:
-    """Make a run and keep its log. One that fails, as its adapter breaks, keeps the log up to there."""
+def make_run(config: TuneConfig, planned: Planned, deadline: float, number: int) -> None:
+    """Make a run and keep its log. One that fails, as its adapter breaks, keeps the log up to there. number: of the run, for its GPU."""
     if time.monotonic() > deadline:
         print(f"{planned.kept}: not begun", flush=True)
         return
@@ -182,6 +161,7 @@ def make_run(config: TuneConfig, planned: Planned, deadline: float) -> None:
                 LearningConfig(planned.kept, parallel=config.parallel),
                 [*SCRIPTS[planned.method], runs, *numbers, *flags],
                 deadline,
+                number,
             )
         except UserError as error:
             broke = str(error)
@@ -204,7 +184,7 @@ def main(config: TuneConfig) -> None:
     planned = planned_runs(config)
     print(f"{len(planned)} runs to make, {config.parallel} at a time", flush=True)
     with ThreadPoolExecutor(config.parallel) as pool:
-        list(pool.map(lambda one: make_run(config, one, deadline), planned))
+        list(pool.map(lambda number, one: make_run(config, one, deadline, number), range(len(planned)), planned))
 
 
 if __name__ == "__main__":
