@@ -247,7 +247,7 @@ def test_the_variant_without_flags_is_train_py(trained: Run, job: Job, tmp_path:
 
 def test_a_variant_with_all_flags_learns_from_what_it_keeps(job: Job, tmp_path: Path):
     flags = "--group 4 --baseline best-worst --starts-per-prompt 2 --ema 0.5 --ema-eval --fall-to 0.1 --optimizer-steps 3"
-    flags += " --adam-beta2 0.9 --max-grad-norm 9 --noise-weight -1 --gain-power 1 --churn 0.05 --clip-range 0.5"
+    flags += " --adam-beta2 0.9 --max-grad-norm 9 --noise-weight -1 --gain-power 1 --proximal 9 --churn 0.05 --clip-range 0.5"
     options = dataclasses.replace(parse(VariantOptions, flags.split()), **SMALL, out=tmp_path)
     run = train_rival(job, options, FdfoVariant)
     group = run.learner.optimizer.param_groups[0]

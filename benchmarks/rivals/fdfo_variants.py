@@ -10,6 +10,8 @@ Without flags it is `train.py --preset tiny`: same draws, same order of samples,
 - With --ema the images are drawn, and v_ref (4) is taken, with an average of the adapter over the epochs:
   average <- ema average + (1 - ema) adapter after each epoch. Evaluations are those of the trained adapter, or with --ema-eval of
   the average.
+- --proximal L adds L mean((v - v_ref)^2) to the loss of every sample. The surrogate holds v along d alone, and not at all where
+  the branches have one reward.
 - --noise-weight multiplies a sample's loss by a power of its noise level, with mean 1 over the grid.
 - --gain-power draws an epoch's prompts by what they still have to gain: with a probability that follows
   (101 - mean reward of the prompt)^Q. A prompt that was not drawn yet counts as the mean of those that were. Only here do an
@@ -57,6 +59,8 @@ class VariantOptions(RivalOptions):
     """draw with an average of the adapter that keeps this share of itself an epoch; 0: with the adapter itself"""
     ema_eval: bool = False
     """evaluate the average"""
+    proximal: NotNegative = 0.0
+    """L: weight of the squared distance to the velocity that sampled"""
     noise_weight: float = 0.0
     """P: weigh samples by sigma^P, or by (1 - sigma)^-P if it is below 0"""
     gain_power: NotNegative = 0.0
@@ -180,12 +184,14 @@ class FdfoVariant(Rival):
 
     def loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the weighted surrogate loss (docs/method.md 4) of some samples."""
-        model, clip_range, place, step = self.run.model, self.options.clip_range, batch // self.T, batch % self.T
+        model, options, place, step = self.run.model, self.options, batch // self.T, batch % self.T
         row = self.kept[place]
         stored = row * self.T + step
         v = model.velocity(self.x[stored], self.grid.to(model.device)[step], self.images.text(row), None, 1.0)
-        loss, ratio = surrogate_loss(v, self.v_ref[stored], self.dx[place], self.dR[place], clip_range)
-        return self.weights[step] * loss, {"ratio_mean": ratio, "clipfrac": (ratio - 1).abs() > clip_range}
+        loss, ratio = surrogate_loss(v, self.v_ref[stored], self.dx[place], self.dR[place], options.clip_range)
+        if options.proximal > 0:
+            loss = loss + options.proximal * (v - self.v_ref[stored]).square().mean((1, 2, 3))
+        return self.weights[step] * loss, {"ratio_mean": ratio, "clipfrac": (ratio - 1).abs() > options.clip_range}
 
     def finish(self, epochs: int) -> None:
         """Move the average adapter."""

@@ -56,22 +56,20 @@ SETTINGS = {  # of METHODS eight each: the defaults, and one change at a time
         "rate-5e-4-falls": "--learning-rate 5e-4 --fall-to 0.1",
         "rate-1e-3-falls": "--learning-rate 1e-3 --fall-to 0.1",
         "rate-5e-4-beta2-0.95": "--learning-rate 5e-4 --adam-beta2 0.95",
-        "beta2-0.95": "--adam-beta2 0.95",
-        "beta2-0.9": "--adam-beta2 0.9",
         "steps-1": "--optimizer-steps 1",
         "steps-2": "--optimizer-steps 2",
         "steps-8": "--optimizer-steps 8",
-        "steps-16": "--optimizer-steps 16",
         "high-noise": "--noise-weight 1",
-        "low-noise": "--noise-weight -1",
         "gain-1": "--gain-power 1",
         "gain-2": "--gain-power 2",
-        "clip-0.5": "--clip-range 0.5",
-        "clip-1.0": "--clip-range 1.0",
         "clip-0.5-rate-5e-4": "--clip-range 0.5 --learning-rate 5e-4",
         "churn-0.05-clip-0.5": "--churn 0.05 --clip-range 0.5",
         # The gradient's norm is far above 1, so that each step counts alike, however many of its pairs differ in reward.
         "gradient-not-clipped": "--max-grad-norm 1e6",
+        # Nothing but d holds v in place, so that what the noise of the gradient does to it adds up.
+        "proximal-1000-rate-5e-4": "--proximal 1000 --learning-rate 5e-4",
+        "proximal-1000-rate-1e-3": "--proximal 1000 --learning-rate 1e-3",
+        "proximal-10000-rate-1e-3": "--proximal 10000 --learning-rate 1e-3",
         # Rewards differ more between starts than between the branches of one.
         "prompt-baseline-8": "--starts-per-prompt 8 --baseline prompt",
         # An average that lags by ten epochs needs a trust region that ten epochs of training do not leave.
@@ -79,5 +77,11 @@ SETTINGS = {  # of METHODS eight each: the defaults, and one change at a time
         # A better estimated direction bears longer steps; the falling rate takes their noise out at the end.
         "branches-8-clip-0.5-falls": "--group 8 --clip-range 0.5 --learning-rate 5e-4 --fall-to 0.1",
         "best-of-8-clip-0.5-falls": "--group 8 --baseline best-worst --clip-range 0.5 --learning-rate 5e-4 --fall-to 0.1",
+        "low-noise": "--noise-weight -1",
+        "steps-16": "--optimizer-steps 16",
+        "clip-1.0": "--clip-range 1.0",
+        "clip-0.5": "--clip-range 0.5",
+        "beta2-0.9": "--adam-beta2 0.9",
+        "beta2-0.95": "--adam-beta2 0.95",
     },
 }
