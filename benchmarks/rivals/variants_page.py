@@ -44,6 +44,7 @@ time, on the same harness, with {rewards} images an epoch (`benchmarks/rivals/fd
 - `--fall-to`: the learning rate falls linearly to this share of it in the run's last epoch.
 - `--optimizer-steps`, `--adam-beta2`, `--max-grad-norm`: optimizer steps an epoch, AdamW's beta2, and the norm to which the
   gradient is clipped (1 in FDFO).
+- `--proximal L`: the loss has L times the squared distance to the velocity that sampled.
 - `--noise-weight P`: samples weighted by sigma^P, or by (1 - sigma)^-P if P is below 0, with mean 1 over the grid.
 - `--gain-power Q`: prompts drawn with a probability that follows (101 - mean reward of the prompt)^Q.
 """
