@@ -302,10 +302,8 @@ def main(config: JudgeSpeedConfig) -> None:
     measure = {"judge": time_judge, "pickscore": time_pickscore}
     for part in config.parts:
         result[part] = measure[part](config, captions, images)
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
-    if config.out is not None:
-        config.out.write_text(json.dumps(result, indent=2) + "\n")
+        if config.out is not None:
+            config.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
