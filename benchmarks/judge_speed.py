@@ -160,10 +160,8 @@ class TimedJudge:
 
     def know_words(self) -> None:
         """Make every word one token where the tokenizer is a small one, so that texts are about as long as with the true one."""
-        tokenizer, words = (
-            self.vlm.processor.tokenizer,
-            {word for text in self.texts for word in re.findall(r" ?[A-Za-z]+", text)},
-        )
+        tokenizer = self.vlm.processor.tokenizer
+        words = {word for text in self.texts for word in re.findall(r" ?[A-Za-z]+", text)}
         if len(tokenizer) < 10_000:
             tokenizer.add_tokens(sorted(words))
             if len(tokenizer) > self.vlm.model.get_input_embeddings().num_embeddings:
@@ -281,11 +279,8 @@ def time_pickscore(config: JudgeSpeedConfig, captions: list[str], images: torch.
             runs = [timed(lambda: scorer.score(captions, images).float()) for _ in range(config.repeats)]
         scores.append(runs[0][1])
         again = all(torch.equal(found, scores[-1]) for _, found in runs)
-        return (
-            {"ms": statistics.median(ms for ms, _ in runs), "equal again": again}
-            | distance(scores[-1], scores[0])
-            | {"warm-up s": ready}
-        )
+        figures = {"ms": statistics.median(ms for ms, _ in runs), "equal again": again, "warm-up s": ready}
+        return figures | distance(scores[-1], scores[0])
 
     for name, way in ways(scorer).items():
         attempt(results, name, lambda way=way: measure(way))
