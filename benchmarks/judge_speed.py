@@ -179,7 +179,7 @@ class TimedJudge:
         judge.LENGTH_STEP, judge.MAX_BATCH = variant.step, variant.rows
         rounded, exact = torch.full((2, len(self.texts)), torch.nan, device=DEVICE)
         for rows in self.batches(order, variant):
-            rounded[rows] = judge.yes_margin(self.vlm, [self.texts[i] for i in rows], self.images[rows], "training")
+            rounded[rows] = judge.yes_margins(self.vlm, [self.texts[i] for i in rows], self.images, rows, "training")
             exact[rows] = self.exact.pop()[: len(rows)]
         return rounded, exact
 
