@@ -28,7 +28,7 @@ from fdfo.model.flow_model import FlowModel
 from fdfo.model.memory import expected_memory, fits, fitting_plan
 from fdfo.run_folder.start import FRESH
 from rewards.scorers.clip import ClipScorer
-from rewards.vlm.judge import QUESTIONS, Vlm, VlmScorer
+from rewards.vlm.judge import MAX_BATCH, QUESTIONS, Vlm, VlmScorer
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -131,11 +131,13 @@ def test_the_judge_does_not_depend_on_how_many_pictures_a_process_has(tmp_path: 
     """To the bit, though the images' neighbours have captions of other lengths."""
     vlm = Vlm(str(save_tiny_qwen(tmp_path)), Job(0, 1, GPU))
     shapes = seen_shapes(vlm.model)
-    captions = [f"caption {i} {'word ' * (i % 5)}" for i in range(37)]
+    captions = [f"caption {i} {'word ' * (i % 5 * 8)}" for i in range(37)]
     images = torch.rand(37, 3, 56, 56, generator=torch.Generator().manual_seed(0)).to(GPU)
     scorer = VlmScorer(vlm, QUESTIONS["vlm_alignment_train"], "training")
-    assert torch.equal(scorer.score(captions, images)[18:], scorer.score(captions[18:], images[18:]))
-    assert len(shapes) == 1
+    scores = scorer.score(captions, images)
+    assert torch.equal(scores[18:], scorer.score(captions[18:], images[18:]))
+    assert torch.equal(scores[9:10], scorer.score(captions[9:10], images[9:10]))
+    assert {rows for rows, _ in shapes} == {MAX_BATCH} and len(shapes) > 1
 
 
 LITTLE = dict(gradient_checkpointing=True, offload_scorers=True, offload_trajectories=True, memory_efficient=True)

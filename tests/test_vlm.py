@@ -20,7 +20,7 @@ from fdfo.storage.prompts import Prompt, load_prompts
 from fdfo.tiny.scenes import parse_caption
 from rewards.registry import VlmSettings, build_scorers
 from rewards.scorer import check_prompts
-from rewards.vlm.judge import MAX_BATCH, QUESTIONS, Vlm, VlmScorer
+from rewards.vlm.judge import LENGTH_STEP, MAX_BATCH, QUESTIONS, Vlm, VlmScorer
 from rewards.vlm.pair import MAX_PAIRS, QUESTION, VlmPairJudge
 from rewards.vlm.questions import VlmQuestions
 
@@ -102,6 +102,26 @@ def test_more_pictures_than_a_batch(vlm: Vlm):
     scorer = VlmScorer(vlm, QUESTIONS["vlm_alignment_train"], "training")
     captions = [f"caption {i}" for i in range(18)]
     torch.testing.assert_close(scorer.score(captions, images)[16:], scorer.score(captions[16:], images[16:]), rtol=0, atol=1e-3)
+
+
+def test_a_batch_has_rows_of_one_filled_length(vlm: Vlm):
+    """So what a row is filled up to does not depend on its company: in both ways, of both judges, with images of any shape."""
+    captions = ["word " * (i * 7 % 40) for i in range(20)]
+    images = torch.rand(20, 3, 70, 130, generator=torch.Generator().manual_seed(0))
+    batches = []
+    hook = vlm.model.register_forward_pre_hook(lambda _, args, inputs: batches.append(inputs["attention_mask"]), with_kwargs=True)
+    scores = [VlmScorer(vlm, QUESTIONS["vlm_alignment"], way).score(captions, images) for way in ("training", "metrics")]
+    VlmPairJudge(vlm).compare(captions[:8], images[:8], images[8:16])
+    VlmQuestions(vlm, "metrics").score([Prompt("a", captions[:5]), Prompt("b", captions[5:])], images[:2])
+    hook.remove()
+    assert len({mask.shape[1] for mask in batches}) > 4
+    for mask in batches:  # [rows, length]
+        own, filled = mask.sum(1), mask.shape[1]
+        assert filled % LENGTH_STEP == 0 and len(own) <= MAX_BATCH
+        assert (own <= filled).all() and (own > filled - LENGTH_STEP).all()
+    order = list(reversed(range(20)))
+    again = VlmScorer(vlm, QUESTIONS["vlm_alignment"], "metrics").score([captions[i] for i in order], images[order])
+    torch.testing.assert_close(again, scores[1][order], rtol=0, atol=1e-3)
 
 
 def test_questions_are_those_of_the_method():

@@ -37,12 +37,11 @@ class Job:
         """Return the contiguous block of range(count) that this rank works on; the ranks' sizes differ by 1 at most."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
-    def rounds(self, count: int, size: int) -> list[tuple[slice, bool]]:
-        """Return slices of range(count), at most `size` long, equally many on every rank, for work that all ranks do together.
+    def rounds(self, own: list[T]) -> list[tuple[T, bool]]:
+        """Return this rank's pieces of work, equally many on every rank, for work that all ranks do together.
 
-        count is 1 or more. A rank with fewer slices repeats its last one, marked False.
+        There is 1 or more. A rank with fewer pieces repeats its last one, marked False.
         """
-        own = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         return [(own[min(i, len(own) - 1)], i < len(own)) for i in range(self.max(len(own)))]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -166,9 +166,9 @@ def score_images(job: Job, name: str, scorer: Scorer | SetScorer, images: ImageS
         own = [[value] for value in scorer.score_sets(pixels, counts).tolist()]
     else:
         repeated = [prompt for prompt, count in zip(images.prompts, counts, strict=True) for _ in range(count)]
-        parts = []
+        parts, slices = [], [slice(start, start + SCORING_SLICE) for start in range(0, len(pixels), SCORING_SLICE)]
         with progress_bar(job, len(pixels), name) as bar:
-            for part, fresh in job.rounds(len(pixels), SCORING_SLICE):
+            for part, fresh in job.rounds(slices):
                 values = checked_scores(name, scorer, repeated[part], pixels[part])
                 parts += [values] if fresh else []
                 bar.update(len(values) if fresh else 0)

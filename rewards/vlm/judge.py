@@ -29,7 +29,7 @@ QUESTIONS = {
 TRAINING_SIZE = 504  # side to which the training way resizes images, pixels
 MAX_BATCH = 16
 Way = Literal["training", "metrics"]  # how images are prepared (docs/method.md 5)
-LENGTH_STEP = 256  # tokens of image, question and caption together; 512 hold a caption of about 150
+LENGTH_STEP = 64  # a row's tokens, of image, question and caption together, are filled up to a multiple of this
 
 
 class Vlm:
@@ -70,29 +70,37 @@ class Vlm:
         """Return the logit of the first of two answers minus that of the second, at the answer position.
 
         texts [N] from dialogue(), images [N, K, 3, H, W], K of each text, answers: two tokens -> [N] float32. N K is at most
-        MAX_BATCH. On a GPU, whose kernels round differently for other shapes, the rows and the length are filled up, so that an
-        image's score does not depend on how many others this process has, while no caption is longer than LENGTH_STEP allows.
+        MAX_BATCH. A GPU's kernels round differently for other shapes. There the rows are filled up, too, so that an image's
+        score does not depend on how many others this process has, if all texts are of one filled length.
         """
-        rows, full, step = len(texts), MAX_BATCH // images.shape[1], 1
+        rows, full = len(texts), MAX_BATCH // images.shape[1]
         if self.job.device.type == "cuda":
-            texts, images, step = texts + texts[:1] * (full - rows), pad_rows(images, full), LENGTH_STEP
+            texts, images = texts + texts[:1] * (full - rows), pad_rows(images, full)
         inputs = self.processor(
-            text=texts, images=list(images.flatten(0, 1)), padding=True, pad_to_multiple_of=step, return_tensors="pt",
+            text=texts, images=list(images.flatten(0, 1)), padding=True, pad_to_multiple_of=LENGTH_STEP, return_tensors="pt",
             do_rescale=rescale, do_resize=resize,
         ).to(self.job.device)  # fmt: skip
         logits = self.model(**inputs, logits_to_keep=1).logits[:rows, -1].float()  # [N, vocabulary]
         return logits[:, answers[0]] - logits[:, answers[1]]
 
-    def in_batches(self, count: int, size: int, answer: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-        """Return what `answer` gives for all of `count` questions, at most `size` of them at a time: [count].
+    def filled_lengths(self, texts: list[str], height: int, width: int) -> list[int]:
+        """Return how many tokens each text from dialogue() is filled up to, with its images of this size."""
+        images = self.processor.image_processor
+        tokens = images.get_number_of_image_patches(height, width) // images.merge_size**2  # of an image; in the text it has one
+        rows = self.processor.tokenizer(texts)["input_ids"]
+        lengths = [len(row) + (tokens - 1) * row.count(self.processor.image_token_id) for row in rows]
+        return [-(-length // LENGTH_STEP) * LENGTH_STEP for length in lengths]
 
-        A sharded model is called by all ranks together: each must call this equally often, with any count of 1 or more.
+    def in_batches(self, lengths: list[int], size: int, answer: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
+        """Return what `answer` gives for the rows of these filled lengths [N], at most `size` rows of one length at a time: [N].
+
+        A sharded model is called by all ranks together: each must call this equally often, with any N of 1 or more. Their
+        lengths need not agree, since what they gather is the weights.
         """
-        job, answers = self.job if self.sharded else Job(0, 1, self.job.device), []
-        for batch, fresh in job.rounds(count, size):
-            found = answer(batch)
-            answers += [found] if fresh else []
-        return torch.cat(answers)
+        job, answers = self.job if self.sharded else Job(0, 1, self.job.device), torch.empty(len(lengths), device=self.job.device)
+        for rows, _ in job.rounds(batches_of_one_length(lengths, size)):
+            answers[rows] = answer(rows)
+        return answers
 
     def dialogue(self, question: str, prompt: str, images: int = 1) -> str:
         """Return the text up to the answer, with its images before the question.
@@ -107,6 +115,14 @@ class Vlm:
             {"role": "user", "content": user},
         ]
         return self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def batches_of_one_length(lengths: list[int], size: int) -> list[list[int]]:
+    """Return the rows of each batch, at most `size` of one length."""
+    groups = {length: [] for length in lengths}
+    for row, length in enumerate(lengths):
+        groups[length].append(row)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
 class VlmScorer:
@@ -126,19 +142,25 @@ class VlmScorer:
 
         A sharded model is called by all ranks together: each must call score equally often, with any N of 1 or more.
         """
-        return self.vlm.in_batches(len(prompts), MAX_BATCH, lambda batch: self._score_batch(prompts[batch], images[batch]))
-
-    def _score_batch(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
         texts = [self.vlm.dialogue(self.question, prompt) for prompt in prompts]
-        return 100 * torch.sigmoid(yes_margin(self.vlm, texts, images, self.preprocessing))
+        return 100 * torch.sigmoid(yes_margins(self.vlm, texts, images, list(range(len(texts))), self.preprocessing))
 
 
-def yes_margin(vlm: Vlm, texts: list[str], images: torch.Tensor, preprocessing: Way) -> torch.Tensor:
-    """Return logit Yes - logit No: texts [N] from dialogue(), images [N, 3, H, W] float in [0, 1] or uint8 -> [N] float32."""
-    images, answers = images.to(vlm.job.device), vlm.yes_no
-    if preprocessing == "metrics":
-        return vlm.margin(texts, images[:, None], answers, rescale=images.dtype == torch.uint8, resize=True)
-    return vlm.margin(texts, training_images(images)[:, None], answers, rescale=False, resize=False)
+def yes_margins(vlm: Vlm, texts: list[str], images: torch.Tensor, shown: list[int], preprocessing: Way) -> torch.Tensor:
+    """Return logit Yes - logit No of texts that show an image each -> [N] float32.
+
+    texts [N] from dialogue(), images [M, 3, H, W] float in [0, 1] or uint8, shown [N]: the number of each text's image.
+    """
+    raw = preprocessing == "metrics"  # the processor resizes
+
+    def margin(rows: list[int]) -> torch.Tensor:
+        own = images[[shown[row] for row in rows]].to(vlm.job.device)
+        prepared = own if raw else training_images(own)
+        rescale = raw and own.dtype == torch.uint8
+        return vlm.margin([texts[row] for row in rows], prepared[:, None], vlm.yes_no, rescale=rescale, resize=raw)
+
+    height, width = images.shape[-2:] if raw else (TRAINING_SIZE, TRAINING_SIZE)
+    return vlm.in_batches(vlm.filled_lengths(texts, height, width), MAX_BATCH, margin)
 
 
 def training_images(images: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from rewards.vlm.judge import MAX_BATCH, Vlm, training_images
+from rewards.vlm.judge import MAX_BATCH, TRAINING_SIZE, Vlm, training_images
 
 QUESTION = 'Which image matches the caption "{prompt}" better? Answer A for the first image or B for the second.'
 MAX_PAIRS = MAX_BATCH // 4  # two orders of two images each
@@ -25,14 +25,14 @@ class VlmPairJudge:
 
         A sharded model is called by all ranks together: each must call compare equally often, with any P of 1 or more.
         """
-
-        def compare(batch: slice) -> torch.Tensor:
-            return self._compare_batch(prompts[batch], first[batch], second[batch])
-
-        return self.vlm.in_batches(len(prompts), MAX_PAIRS, compare)
-
-    def _compare_batch(self, prompts: list[str], first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         texts = [self.vlm.dialogue(QUESTION, prompt, images=2) for prompt in prompts]
+
+        def compare(rows: list[int]) -> torch.Tensor:
+            return self._compare_batch([texts[row] for row in rows], first[rows], second[rows])
+
+        return self.vlm.in_batches(self.vlm.filled_lengths(texts, TRAINING_SIZE, TRAINING_SIZE), MAX_PAIRS, compare)
+
+    def _compare_batch(self, texts: list[str], first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         one, two = (training_images(images.to(self.vlm.job.device)) for images in (first, second))  # [P, 3, S, S]
         both = torch.cat([torch.stack([one, two], dim=1), torch.stack([two, one], dim=1)])  # [2P, 2, 3, S, S]
         margin = self.vlm.margin(texts + texts, both, self.letters, rescale=False, resize=False)  # [2P]

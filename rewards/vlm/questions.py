@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fdfo.config.errors import UserError
 from fdfo.storage.prompts import questions_of
-from rewards.vlm.judge import MAX_BATCH, Vlm, Way, yes_margin
+from rewards.vlm.judge import Vlm, Way, yes_margins
 
 ENDINGS = {"training": "Answer Yes or No.", "metrics": "Answer with Yes or No."}
 
@@ -42,11 +42,6 @@ class VlmQuestions:
             self.vlm.dialogue(f"{{prompt}} {ENDINGS[self.preprocessing]}", question)
             for prompt in prompts for question in questions_of(prompt)
         ]  # fmt: skip
-
-        def log_yes(batch: slice) -> torch.Tensor:
-            margin = yes_margin(self.vlm, texts[batch], images[rows[batch].to(images.device)], self.preprocessing)
-            return F.logsigmoid(margin).cpu()
-
-        logs = self.vlm.in_batches(len(texts), MAX_BATCH, log_yes)  # [Q]
+        logs = F.logsigmoid(yes_margins(self.vlm, texts, images, rows.tolist(), self.preprocessing)).cpu()  # [Q]
         means = torch.zeros(len(prompts)).index_add_(0, rows, logs) / counts
         return 100 * means.exp()
