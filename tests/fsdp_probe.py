@@ -14,7 +14,7 @@ from rewards.vlm.questions import VlmQuestions
 def main() -> None:
     with start_job() as job:
         count = 2 if job.is_main else 20  # of two lengths here, of three there, so in more batches
-        captions = [f"caption {i}" + " and more" * (10 * (i % 3)) for i in range(count)]
+        captions = [f"caption {i}" + " and more" * (20 * (i % 3)) for i in range(count)]
         images = torch.rand(count, 3, 56, 56, generator=torch.Generator().manual_seed(job.rank))
         judges = [Vlm(sys.argv[1], job, shard) for shard in (False, True)]
         assert [judge.sharded for judge in judges] == [False, True]

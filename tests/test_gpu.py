@@ -131,7 +131,7 @@ def test_the_judge_does_not_depend_on_how_many_pictures_a_process_has(tmp_path: 
     """To the bit, though the images' neighbours have captions of other lengths."""
     vlm = Vlm(str(save_tiny_qwen(tmp_path)), Job(0, 1, GPU))
     shapes = seen_shapes(vlm.model)
-    captions = [f"caption {i} {'word ' * (i % 5 * 8)}" for i in range(37)]
+    captions = [f"caption {i} {'word ' * (i % 5 * 16)}" for i in range(37)]
     images = torch.rand(37, 3, 56, 56, generator=torch.Generator().manual_seed(0)).to(GPU)
     scorer = VlmScorer(vlm, QUESTIONS["vlm_alignment_train"], "training")
     scores = scorer.score(captions, images)

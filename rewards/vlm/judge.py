@@ -29,7 +29,7 @@ QUESTIONS = {
 TRAINING_SIZE = 504  # side to which the training way resizes images, pixels
 MAX_BATCH = 16
 Way = Literal["training", "metrics"]  # how images are prepared (docs/method.md 5)
-LENGTH_STEP = 64  # a row's tokens, of image, question and caption together, are filled up to a multiple of this
+LENGTH_STEP = 128  # a row's tokens, of image, question and caption together, are filled up to a multiple of this
 
 
 class Vlm:
