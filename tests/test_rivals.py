@@ -28,7 +28,7 @@ import rival_page  # noqa: E402
 import tune  # noqa: E402
 import variants_page  # noqa: E402
 from common import RivalOptions, learning_rate, move_average, tiny_config, train_rival  # noqa: E402
-from diffusion_nft import DiffusionNft, NftOptions, nft_loss, optimality  # noqa: E402
+from diffusion_nft import DiffusionNft, NftOptions, implicit_policies, nft_loss, optimality  # noqa: E402
 from fdfo_variants import (  # noqa: E402
     FdfoVariant,
     VariantOptions,
@@ -109,11 +109,11 @@ def test_the_gradient_at_the_old_policy_is_the_flow_matching_direction_times_2r_
     v_old, target = normals(2, 3, 1, 2, 2)
     t, r = torch.tensor([0.9, 0.5, 0.2]).double(), torch.tensor([0.5, 1.0, 0.2]).double()
     v = v_old.clone().requires_grad_()
-    nft_loss(v, v_old, target, t, r, beta, "none").sum().backward()
+    nft_loss(implicit_policies(v, v_old, beta), target, t, r, "none").sum().backward()
     factor = (2 * beta * (2 * r - 1))[:, None, None, None] / 4  # the mean over 4 elements
     torch.testing.assert_close(v.grad, factor * (v_old - target))
     weighted = v_old.clone().requires_grad_()
-    nft_loss(weighted, v_old, target, t, r, beta, "self").sum().backward()
+    nft_loss(implicit_policies(weighted, v_old, beta), target, t, r, "self").sum().backward()
     assert not weighted.grad[0].any()  # r = 1/2: the target cancels, image for image, with either weighting
     for i in (1, 2):  # the self-normalised weighting changes lengths alone
         assert float(torch.cosine_similarity(weighted.grad[i].flatten(), v.grad[i].flatten(), dim=0)) == pytest.approx(1)
@@ -122,7 +122,7 @@ def test_the_gradient_at_the_old_policy_is_the_flow_matching_direction_times_2r_
 def test_at_r_one_half_the_gradient_pulls_to_the_old_policy():
     v_old, target, change = normals(3, 1, 1, 2, 2)
     v = (v_old + change).requires_grad_()
-    nft_loss(v, v_old, target, torch.tensor([0.5]), torch.tensor([0.5]), 0.3, "none").sum().backward()
+    nft_loss(implicit_policies(v, v_old, 0.3), target, torch.tensor([0.5]), torch.tensor([0.5]), "none").sum().backward()
     torch.testing.assert_close(v.grad, 2 * 0.3**2 * change / 4)
 
 
@@ -133,7 +133,8 @@ def test_the_optimum_is_the_old_policy_and_2_over_beta_times_the_improvement():
     v_old = target.mean()
     rewarded = (r * target.flatten()).sum() / r.sum()
     v = (v_old + 2 / beta * r.mean() * (rewarded - v_old)).clone().requires_grad_()
-    nft_loss(v.expand_as(target), v_old.expand_as(target), target, torch.ones(6), r, beta, "none").sum().backward()
+    policies = implicit_policies(v.expand_as(target), v_old.expand_as(target), beta)
+    nft_loss(policies, target, torch.ones(6), r, "none").sum().backward()
     assert float(v.grad) == pytest.approx(0, abs=1e-12)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fdfo.method.rollout import standard_normal
-from fdfo.method.sampling import churn_step, interval_gammas, prior_gammas, raw_gammas, sample_pairs
+from fdfo.method.sampling import churn_step, churn_weights, interval_gammas, prior_gammas, raw_gammas, sample_pairs
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.1, 0.0])
 
@@ -54,8 +54,8 @@ def test_raw_schedule():
 
 
 def test_interval_schedule_by_hand():
-    gammas = interval_gammas(SIGMAS, torch.tensor([0.5]), torch.tensor([2.0]), 1.0, 1.5, 0.7, 0.3, 0.25)
     m, w = 1.0 + 1.5 * 0.5, 0.7 * math.exp(0.3 * 2.0)
+    gammas = interval_gammas(SIGMAS, torch.tensor([m]).double(), churn_weights(torch.tensor([2.0]), 0.7, 0.3), 0.25)
     density = [0.0]
     for sigma in (0.9, 0.7, 0.4, 0.1):
         z = (math.log(sigma / (1 - sigma)) - m) / 0.25
@@ -66,12 +66,12 @@ def test_interval_schedule_by_hand():
 
 
 def test_interval_beyond_the_grid_spreads_evenly():
-    gammas = interval_gammas(SIGMAS, torch.tensor([40.0]), torch.zeros(1), 1.0, 1.5, 1.0, 0.0, 0.25)
+    gammas = interval_gammas(SIGMAS, torch.tensor([61.0]).double(), torch.ones(1).double(), 0.25)
     torch.testing.assert_close(gammas[0, :-1], torch.full((5,), math.exp(1 / 5) - 1))
 
 
 def test_prior_schedule():
-    gammas = prior_gammas(SIGMAS, torch.tensor([0.0, 1.0]), 0.1, 1.0)
+    gammas = prior_gammas(SIGMAS, churn_weights(torch.tensor([0.0, 1.0]), 0.1, 1.0))
     torch.testing.assert_close(gammas[:, 0], torch.tensor([math.exp(0.1) - 1, math.exp(0.1 * math.e) - 1]))
     assert gammas.shape == (2, 6) and (gammas[:, 1:] == 0).all()
 

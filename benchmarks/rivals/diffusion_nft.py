@@ -72,12 +72,17 @@ def squared_error(v: torch.Tensor, target: torch.Tensor, t: torch.Tensor, weight
     return error.square().mean(DIMS) / error.detach().abs().mean(DIMS).clamp(min=1e-5)
 
 
+def implicit_policies(v: torch.Tensor, v_old: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the velocities of the positive and of the negative policy: v, v_old [N, C, H, W] -> [N, C, H, W] each."""
+    return v_old + beta * (v - v_old), v_old - beta * (v - v_old)
+
+
 def nft_loss(
-    v: torch.Tensor, v_old: torch.Tensor, target: torch.Tensor, t: torch.Tensor, r: torch.Tensor, beta: float, weighting: str
+    policies: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor, t: torch.Tensor, r: torch.Tensor, weighting: str
 ) -> torch.Tensor:
-    """Return the loss of both implicit policies: v, v_old, target [N, C, H, W], t, r [N] -> [N]. Only v carries a gradient."""
-    positive, negative = v_old + beta * (v - v_old), v_old - beta * (v - v_old)
-    return r * squared_error(positive, target, t, weighting) + (1 - r) * squared_error(negative, target, t, weighting)
+    """Return the loss of both implicit policies: policies, target [N, C, H, W], t, r [N] -> [N]."""
+    positive, negative = (squared_error(v, target, t, weighting) for v in policies)
+    return r * positive + (1 - r) * negative
 
 
 class DiffusionNft(Rival):
@@ -131,7 +136,8 @@ class DiffusionNft(Rival):
     def loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         row, t, v_old, options = batch // self.options.noise_levels, self.t[batch], self.v_old[batch], self.options
         v = self.run.model.velocity(self.x[batch], t, self.images.text(row), None, 1.0)
-        loss = nft_loss(v, v_old, self.target[batch], t, self.r[row], options.beta, options.weighting)
+        policies = implicit_policies(v, v_old, options.beta)
+        loss = nft_loss(policies, self.target[batch], t, self.r[row], options.weighting)
         return loss, {"distance_to_old": (v.detach() - v_old).square().mean(DIMS)}
 
     def finish(self, epochs: int) -> None:

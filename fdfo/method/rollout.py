@@ -9,7 +9,7 @@ import torch
 from fdfo.config.plan import BatchPlan, plan_churn, plan_subset
 from fdfo.config.train_options import TrainConfig
 from fdfo.method.estimator import choose_samples, pair_deviation
-from fdfo.method.sampling import interval_gammas, prior_gammas, raw_gammas, sample_pairs
+from fdfo.method.sampling import churn_weights, interval_gammas, prior_gammas, raw_gammas, sample_pairs
 from fdfo.model.acceleration import fetch
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.images import finite_rows
@@ -83,12 +83,14 @@ def standard_normal(shape: tuple[int, ...], seed: int, epoch: int, pair: int, st
 def pair_gammas(config: TrainConfig, sigmas: torch.Tensor, epoch: int, pairs: range) -> torch.Tensor:
     """Return the churn of every pair at every grid point by the configured schedule: [P, T + 1]."""
     numbers = plan_churn(config.churn)
-    draws = torch.stack([standard_normal((2,), config.seed, epoch, pair, SCHEDULE) for pair in pairs])  # [P, 2]
     if config.churn.schedule == "raw":
         return raw_gammas(sigmas, len(pairs), **numbers)
-    if config.churn.schedule == "interval":
-        return interval_gammas(sigmas, draws[:, 0], draws[:, 1], **numbers)
-    return prior_gammas(sigmas, draws[:, 1], **numbers)
+    draws = torch.stack([standard_normal((2,), config.seed, epoch, pair, SCHEDULE) for pair in pairs])  # [P, 2]
+    weights = churn_weights(draws[:, 1], numbers["weight"], numbers["weight_sd"])
+    if config.churn.schedule == "prior":
+        return prior_gammas(sigmas, weights)
+    centres = numbers["mu"] + numbers["sd"] * draws[:, 0].double()
+    return interval_gammas(sigmas, centres, weights, numbers["soft_sd"])
 
 
 def pair_samples(config: TrainConfig, epoch: int, pairs: range) -> Samples:

@@ -28,38 +28,31 @@ def raw_gammas(sigmas: torch.Tensor, pairs: int, weight: float) -> torch.Tensor:
     return gammas
 
 
-def interval_gammas(
-    sigmas: torch.Tensor,
-    centre_normal: torch.Tensor,
-    weight_normal: torch.Tensor,
-    mu: float,
-    sd: float,
-    weight: float,
-    weight_sd: float,
-    soft_sd: float,
-) -> torch.Tensor:
-    """Return churn around one noise level per pair, drawn from a logit-normal (docs/method.md 2, interval).
+def churn_weights(weight_normal: torch.Tensor, weight: float, weight_sd: float) -> torch.Tensor:
+    """Return the churn weight of each pair (docs/method.md 2): standard normal draws [P] -> [P] float64."""
+    return weight * (weight_sd * weight_normal.double()).exp()
 
-    sigmas [T + 1]; standard normal draws centre_normal, weight_normal [P] -> [P, T + 1], last column 0.
+
+def interval_gammas(sigmas: torch.Tensor, centres: torch.Tensor, weights: torch.Tensor, soft_sd: float) -> torch.Tensor:
+    """Return churn around one noise level per pair, spread as a logit-normal density (docs/method.md 2, interval).
+
+    sigmas [T + 1]; centres [P] float64, on the logit scale; weights [P] of churn_weights -> [P, T + 1], last column 0.
     """
     grid = sigmas[:-1].double()  # [T]
-    m = mu + sd * centre_normal.double()[:, None]  # [P, 1]
-    w = weight * (weight_sd * weight_normal.double()[:, None]).exp()  # [P, 1]
     inside = (grid > 0) & (grid < 1)
     level = torch.where(inside, grid, torch.full_like(grid, 0.5))
-    z = (level.logit() - m) / soft_sd  # [P, T]
+    z = (level.logit() - centres[:, None]) / soft_sd  # [P, T]
     density = (-0.5 * z.square()).exp() / (soft_sd * math.sqrt(2 * math.pi) * level * (1 - level))
     density = torch.where(inside, density, torch.zeros_like(density))
     total = density.sum(dim=1, keepdim=True)  # [P, 1]
     p = torch.where(total > 1e-6, density / total.clamp(min=1e-6), torch.full_like(density, 1 / len(grid)))
-    return _with_landing(torch.expm1(w * p), sigmas)
+    return _with_landing(torch.expm1(weights[:, None] * p), sigmas)
 
 
-def prior_gammas(sigmas: torch.Tensor, weight_normal: torch.Tensor, weight: float, weight_sd: float) -> torch.Tensor:
-    """Return all churn in the starting noise (docs/method.md 2, prior): sigmas [T + 1], weight_normal [P] -> [P, T + 1]."""
-    w = weight * (weight_sd * weight_normal.double()).exp()  # [P]
-    gammas = w.new_zeros(len(w), len(sigmas) - 1)  # [P, T]
-    gammas[:, 0] = torch.expm1(w)
+def prior_gammas(sigmas: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return all churn in the starting noise (docs/method.md 2, prior): sigmas [T + 1], weights [P] of churn_weights -> [P, T + 1]."""
+    gammas = weights.new_zeros(len(weights), len(sigmas) - 1)  # [P, T]
+    gammas[:, 0] = torch.expm1(weights)
     return _with_landing(gammas, sigmas)
 
 
