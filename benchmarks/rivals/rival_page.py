@@ -17,7 +17,7 @@ from tune import best_setting, kept_runs, quality, whole
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from learning_tables import TRAINED_SAMPLE, LearningRun, mean_curve, shown, table  # noqa: E402
+from learning_tables import TRAINED_SAMPLE, LearningRun, by_setting, mean_curve, shown, table  # noqa: E402
 
 from fdfo.config.errors import UserError  # noqa: E402
 from fdfo.distributed.launch import run_command_line  # noqa: E402
@@ -53,7 +53,7 @@ class PageConfig:
     """Markdown file; the plot goes beside it"""
 
 
-Groups = dict[str, list[LearningRun]]
+Groups = dict[str, list[LearningRun]]  # final runs by what the page calls them, the methods in the order of METHODS
 
 
 def networks(run: LearningRun) -> int:
@@ -65,8 +65,7 @@ def score_table(groups: Groups, name: str) -> list[str]:
     """Show a score by epoch, which is also by reward evaluations: mean of the seeds, and each."""
     reached = [epoch for epoch in MILESTONES if all(epoch in run.curve() for runs in groups.values() for run in runs)]
     rows = [
-        [NAMES[method], *(shown([run.means(name)[epoch] for run in runs], ".1f") for epoch in reached)]
-        for method, runs in groups.items()
+        [group, *(shown([run.means(name)[epoch] for run in runs], ".1f") for epoch in reached)] for group, runs in groups.items()
     ]
     rewards = next(iter(groups.values()))[0].cost.rewards
     return table([SCORES[name], *(f"epoch {epoch} ({epoch * rewards:,} rewards)" for epoch in reached)], rows)
@@ -76,7 +75,7 @@ def network_table(groups: Groups, name: str) -> list[str]:
     """Show a score at the network evaluations that the first method takes to the milestones, on lines between evaluations."""
     each = networks(next(iter(groups.values()))[0])
     rows = []
-    for method, runs in groups.items():
+    for group, runs in groups.items():
         cells = []
         for epoch in MILESTONES:
             at = [
@@ -84,16 +83,16 @@ def network_table(groups: Groups, name: str) -> list[str]:
                 for run in runs
             ]
             cells.append(shown(list(map(float, at)), ".1f"))
-        rows.append([NAMES[method], *cells])
+        rows.append([group, *cells])
     return table([f"{SCORES[name]} after network evaluations", *(f"{epoch * each:,}" for epoch in MILESTONES)], rows)
 
 
 def cost_table(groups: Groups) -> list[str]:
     """Show what an epoch takes."""
     rows = []
-    for method, (run, *_) in groups.items():
+    for group, (run, *_) in groups.items():
         cost = run.cost
-        rows.append([NAMES[method], f"{cost.rewards:,}", f"{networks(run):,}", f"{cost.trained:,}", f"{cost.total:,.0f}"])
+        rows.append([group, f"{cost.rewards:,}", f"{networks(run):,}", f"{cost.trained:,}", f"{cost.total:,.0f}"])
     head = [
         "an epoch of",
         "reward evaluations",
@@ -118,18 +117,29 @@ def tuning_table(logs: Path, method: str) -> list[str]:
 
 
 def findings(groups: Groups) -> list[str]:
-    """Say when FDFO passes the other methods' last value, and how far apart the ends are."""
-    lines, epochs = [], mean_curve(groups["fdfo"])[0]
-    own = mean_curve(groups["fdfo"])[1]  # [runs, epochs]
-    for method in (name for name in groups if name != "fdfo"):
-        other_epochs, other = mean_curve(groups[method])
-        best = float(other.mean(0).max())
-        passes = [next((str(e) for e, score in zip(epochs, curve, strict=True) if score >= best), "never") for curve in own]
-        lines.append(
-            f"- {NAMES[method]}'s best mean over its seeds is {best:.1f}, within {other_epochs[-1]} epochs. The first evaluations at "
-            f"which FDFO's runs reach it: {', '.join(passes)} (epochs). After epoch {epochs[-1]} FDFO has {own[:, -1].mean():.1f}."
-        )
+    """Say when FDFO passes the other methods' best value, and how far apart the ends are."""
+    lines, ours = [], {name: mean_curve(runs) for name, runs in groups.items() if name.startswith(NAMES["fdfo"])}
+    for other in (name for name in groups if name not in ours):
+        reached, scores = mean_curve(groups[other])
+        best = float(scores.mean(0).max())
+        for name, (epochs, own) in ours.items():  # own [runs, epochs]
+            passes = [next((str(e) for e, score in zip(epochs, curve, strict=True) if score >= best), "never") for curve in own]
+            lines.append(
+                f"- {other}'s best mean over its seeds is {best:.1f}, within {reached[-1]} epochs. The first evaluations at which "
+                f"{name}'s runs reach it: {', '.join(passes)} (epochs). After epoch {epochs[-1]} {name} has {own[:, -1].mean():.1f}."
+            )
     return [*lines, ""]
+
+
+def final_groups(logs: Path) -> Groups:
+    """Return the whole final runs; a method of which several settings were run has a group for each. Raises UserError if one has none."""
+    groups = {}
+    for method in METHODS:
+        settings = by_setting([run for run in kept_runs(logs / "final", method) if whole(run)])
+        if not settings:
+            raise UserError(f"{logs} has no final run of {method}: run tune.py --final first.")
+        groups |= {NAMES[method] if len(settings) == 1 else f"{NAMES[method]}, {name}": runs for name, runs in settings.items()}
+    return groups
 
 
 def base_line(groups: Groups) -> str:
@@ -146,14 +156,14 @@ def plot(path: Path, groups: Groups) -> None:
 
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for method, runs in groups.items():
+    for group, runs in groups.items():
         epochs, scores = mean_curve(runs)
         for axes, each in ((left, runs[0].cost.rewards / 1e3), (middle, networks(runs[0]) / 1e6)):
             x = np.array(epochs) * each
-            (line,) = axes.plot(x, scores.mean(0), marker=".", label=f"{NAMES[method]} ({len(runs)} seeds)")
+            (line,) = axes.plot(x, scores.mean(0), marker=".", label=f"{group} ({len(runs)} seeds)")
             axes.fill_between(x, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         diversity = [fmean(run.means("pixel_diversity")[epoch] for run in runs) for epoch in epochs]
-        right.plot(scores.mean(0), diversity, marker=".", label=NAMES[method])
+        right.plot(scores.mean(0), diversity, marker=".", label=group)
     labels = (
         (left, "reward evaluations, thousands", "held-out scene score"),
         (middle, "network evaluations, millions", "held-out scene score"),
@@ -167,21 +177,19 @@ def plot(path: Path, groups: Groups) -> None:
 
 
 def main(config: PageConfig) -> None:
-    groups = {method: [run for run in kept_runs(config.logs / "final", method) if whole(run)] for method in METHODS}
-    if missing := [method for method, runs in groups.items() if not runs]:
-        raise UserError(f"{config.logs} has no final run of {', '.join(missing)}: run tune.py --final first.")
-    first = groups["fdfo"][0]
+    groups = final_groups(config.logs)
+    first = next(iter(groups.values()))[0]
     head = INTRODUCTION.format(
         machine=first.end["machine"], prompts=first.of("eval")[0]["prompts"], settings=len(SETTINGS["fdfo"])
     )  # fmt: skip
     image = config.out.with_suffix(".png")
     plot(image, groups)
-    chosen = ", ".join(f"{NAMES[method]} {runs[0].setting}" for method, runs in groups.items())
+    chosen = ", ".join(f"{NAMES[method]} {best_setting(config.logs, method)}" for method in METHODS)
     lines = ["# FDFO beside two rivals, on one harness", "", head, f"![Scores against cost]({image.name})", "", *findings(groups)]
     lines += [
         base_line(groups),
         "",
-        f"Final runs, with the best settings of the tuning ({chosen}): mean of the seeds, and each.",
+        f"Final runs; the best settings of the tuning are {chosen}. Mean of the seeds, and each.",
         "",
     ]
     for name in SCORES:
