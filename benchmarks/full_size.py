@@ -126,14 +126,14 @@ def run_config(config: FullSizeConfig, folder: Path, world_size: int) -> TrainCo
         preset = dataclasses.replace(
             preset, gradient_checkpointing=False, offload_scorers=False, offload_trajectories=False, max_batch_size=None
         )
-    subset = {name: value for name in ("steps_per_trajectory", "branches") if (value := getattr(config, name)) is not None}
+    update = {name: value for name in ("steps_per_trajectory", "branches") if (value := getattr(config, name)) is not None}
     if config.eager:
-        subset["batch_size"] = config.max_batch_size or 9  # odd, which the plan of its own does not take
+        update["batch_size"] = config.max_batch_size or 9  # 9 is odd, and by itself plan_batches chooses an even size
     return dataclasses.replace(
         preset, prompt_set="tiny_heldout", total_pairs_per_epoch=config.pairs * world_size, num_epochs=1, runs_dir=folder, compile=config.compile and not config.eager,
         max_batch_size=config.max_batch_size or preset.max_batch_size or (9 if config.eager else 13), reward_preset=config.reward_preset,
         sample=dataclasses.replace(preset.sample, num_solver_steps=config.solver_steps or preset.sample.num_solver_steps, resolution=config.resolution),
-        train=dataclasses.replace(preset.train, **subset),
+        train=dataclasses.replace(preset.train, **update),
         eval_prompts=config.eval_prompts, eval_prompt_set="tiny",
     )  # fmt: skip
 
@@ -176,7 +176,11 @@ def main(config: FullSizeConfig) -> None:
             text = run.model.encode_prompts(run.prompts[:16], 1.0)[0]
             work = count_tflop(settings.pretrained_model, text, settings.sample.resolution)
             found = figures(settings, job.world_size, {"ceiling": top, "peaks": peaks, "tflop": work}, lines)
-            result = {"device": torch.cuda.get_device_name(), "config": to_dict(config), "versions": versions()} | found
+            result = {
+                "device": torch.cuda.get_device_name(),
+                "config": to_dict(config) | {"out": None, "gradient": None},
+                "versions": versions(),
+            } | found
             print(json.dumps(result, indent=2))
             if config.out is not None:
                 config.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -23,9 +23,6 @@ sample of the update. Evaluations, rewards and start are left out of it. The plo
 
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from learning_tables import LearningRun, cost_of_epoch, plot, tables  # noqa: E402
+from run_logs import follow, keep, read_run  # noqa: E402
 
 from fdfo.config.command_line import parse_train_config  # noqa: E402
 from fdfo.config.errors import UserError  # noqa: E402
@@ -50,15 +48,11 @@ from fdfo.evaluation.heldout import DEFAULT_PROMPTS  # noqa: E402
 from fdfo.method.evaluate import EVALUATION_SEED  # noqa: E402
 from fdfo.model.flow_model import FlowModel  # noqa: E402
 from fdfo.model.images import draw_images, encode_for_images  # noqa: E402
-from fdfo.run_folder.find_checkpoint import CONFIG, all_checkpoints, read_config  # noqa: E402
-from fdfo.run_folder.log import LOG, read_log  # noqa: E402
-from fdfo.storage.atomic_files import atomic_folder, read_json  # noqa: E402
+from fdfo.run_folder.find_checkpoint import all_checkpoints  # noqa: E402
 from fdfo.storage.prompts import load_prompts  # noqa: E402
 from fdfo.tiny.scenes import parse_caption, render  # noqa: E402
 from rewards.scorers.clip import CLIP_MODELS, ClipScorer  # noqa: E402
 from rewards.scorers.scene import SceneScorer  # noqa: E402
-
-END = "end.json"
 
 
 @dataclass(frozen=True)
@@ -114,17 +108,12 @@ def run_seed(config: LearningConfig, folder: Path, job: tuple[str, int], deadlin
         with tempfile.TemporaryDirectory() as runs:
             command = ["train.py", "--runs-dir", runs, "--seed", seed, "--num-epochs", epochs_of(config, setting)]
             start = time.monotonic()
-            follow(config, [*command, *train_flags(config, setting)], deadline, number)
+            follow([*command, *train_flags(config, setting)], config.parallel, deadline, number)
             end = {"wall": time.monotonic() - start}
             if config.grid is not None:
                 end["grid"] = score_on_grid(config, Path(runs))
             keep(Path(runs), kept, end)
     return read_run(kept, name, seed)
-
-
-def read_run(kept: Path, setting: str, seed: int) -> LearningRun:
-    """Read what keep() kept of a run."""
-    return LearningRun(setting, seed, read_config(kept), read_json(kept / END), read_log(kept / LOG)[0])
 
 
 def train_flags(config: LearningConfig, setting: str) -> list[str]:
@@ -144,49 +133,8 @@ def score_on_grid(config: LearningConfig, runs: Path) -> float:
     out, (run,) = runs / "grid.json", runs.glob("0*")
     command = ["metrics.py", "--checkpoint", all_checkpoints(run)[-1], "--prompt-set", "tiny_heldout", "--metrics", "scene"]
     command += ["--num-prompts", DEFAULT_PROMPTS, "--num-repeats", 2, "--num-inference-steps", config.grid, "--batch-size", 256]
-    follow(config, [*command, "--out", out], math.inf)
+    follow([*command, "--out", out], config.parallel)
     return json.loads(out.read_text())["results"][0]["metrics"]["scene"]["mean"]
-
-
-def follow(config: LearningConfig, script: list[object], deadline: float, number: int = 0) -> None:
-    """Run a script of the project until it ends, or stop it by SIGTERM at the deadline. Raises UserError if it fails.
-
-    number: of the run. Where there are several GPUs, runs get them in turn.
-    """
-    command = [sys.executable, *map(str, script)]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // config.parallel))
-    environment = os.environ | {"OMP_NUM_THREADS": threads} | gpu_of(number)
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-        try:
-            process.wait(None if math.isinf(deadline) else max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-        errors.seek(0)
-        if process.returncode not in (0, -15):  # -15 before the run could listen to it
-            raise UserError(f"{' '.join(command)} failed: {errors.read()[-2000:]}")
-
-
-def gpu_of(number: int) -> dict[str, str]:
-    """Return the environment that gives a run its GPU, one of those that this process sees."""
-    count = torch.cuda.device_count()
-    if count < 2:
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number % count]}
-
-
-def keep(runs: Path, kept: Path, end: dict[str, float]) -> None:
-    """Copy what the report needs of a run. Raises UserError if it was stopped before its first epoch."""
-    found = list(runs.glob(f"*/{LOG}"))
-    if not found:
-        raise UserError(f"{kept.name} was stopped before it began: give more --minutes, or fewer runs.")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(kept) as partial:
-        for name in (LOG, CONFIG):
-            shutil.copy(found[0].with_name(name), partial)
-        (partial / END).write_text(json.dumps(end))
 
 
 def main(config: LearningConfig) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
+from pages import shown, table
 
 from fdfo.config.plan import plan_batches
 from fdfo.config.train_options import TrainConfig
@@ -114,17 +115,6 @@ def plot(path: Path, runs: list[LearningRun], target: float) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def table(head: list[str], rows: list[list[object]]) -> list[str]:
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
-
-
-def shown(values: list[float], form: str) -> str:
-    """Return the mean of some values, and those themselves in brackets where they are several; a dash for none."""
-    if any(map(math.isnan, values)):
-        return "-" if len(values) == 1 else f"- ({', '.join('-' if math.isnan(v) else format(v, form) for v in values)})"
-    return format(fmean(values), form) + (f" ({', '.join(format(v, form) for v in values)})" if len(values) > 1 else "")
 
 
 def tables(runs: list[LearningRun], levels: dict[str, dict[str, float]], target: float) -> str:

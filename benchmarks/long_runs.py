@@ -1,7 +1,7 @@
 """Writes docs/long_runs.md and its plot from long runs of the tiny preset, whose logs learning.py has kept.
 
 python benchmarks/learning.py --out long.md --logs long_logs --num-epochs 1000 --parallel 3 \\
-    --flags="--eval-every 10 --max-batch-size 1024 --save-freq 1000"
+    --flags="--eval-every 25 --max-batch-size 1024 --save-freq 1000"
 python benchmarks/long_runs.py --logs long_logs --out docs/long_runs.md
 """
 
@@ -17,8 +17,9 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from learning import END, read_run  # noqa: E402
-from learning_tables import LearningRun, shown, table  # noqa: E402
+from learning_tables import LearningRun  # noqa: E402
+from pages import shown, table, write_page  # noqa: E402
+from run_logs import END, read_run  # noqa: E402
 
 from fdfo.config.errors import UserError  # noqa: E402
 from fdfo.distributed.launch import run_command_line  # noqa: E402
@@ -107,12 +108,11 @@ def plot(path: Path, runs: list[LearningRun]) -> None:
 def main(config: LongConfig) -> None:
     runs, image = read_runs(config.logs), config.out.with_suffix(".png")
     plot(image, runs)
-    lines = ["# What happens in long runs?", "", INTRODUCTION.format(mean_of=MEAN_OF), f"![Scores by epoch]({image.name})", ""]
+    lines = [INTRODUCTION.format(mean_of=MEAN_OF), f"![Scores by epoch]({image.name})", ""]
     for run in runs:
         skipped = sum(line["skipped_steps"] for line in run.of("epoch"))
         lines += [*score_table(run), best_line(run), f"- skipped optimizer steps: {skipped}", *warning_lines(run), ""]
-    config.out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    print(config.out)
+    write_page(config.out, "What happens in long runs?", lines)
 
 
 if __name__ == "__main__":

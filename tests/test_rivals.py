@@ -1,7 +1,6 @@
 """benchmarks/rivals/: the equations of both rivals, and short runs on the harness of train.py."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -10,24 +9,18 @@ import pytest
 import torch
 from conftest import CPU, ROOT
 
-from fdfo.config.command_line import parse, parse_train_config
+from fdfo.config.command_line import parse
 from fdfo.config.errors import UserError
-from fdfo.config.options import to_json
 from fdfo.config.presets import PRESETS
 from fdfo.distributed.job import Job
 from fdfo.method.estimator import pair_deviation
 from fdfo.method.prepare import Run
 from fdfo.method.trainer import train
-from fdfo.run_folder.find_checkpoint import CONFIG
 from fdfo.run_folder.log import LOG, read_log
 
 sys.path[:0] = [str(ROOT / "benchmarks" / "rivals"), str(ROOT / "benchmarks")]
 
-import long_runs  # noqa: E402
-import rival_page  # noqa: E402
-import tune  # noqa: E402
-import variants_page  # noqa: E402
-from common import RivalOptions, learning_rate, move_average, tiny_config, train_rival  # noqa: E402
+from common import RivalOptions, move_average, tiny_config  # noqa: E402
 from diffusion_nft import DiffusionNft, NftOptions, implicit_policies, nft_loss, optimality  # noqa: E402
 from fdfo_variants import (  # noqa: E402
     FdfoVariant,
@@ -47,8 +40,8 @@ from flow_grpo import (  # noqa: E402
     sde_step,
     velocity_weights,
 )
-from learning import END, gpu_of  # noqa: E402
 from learning_tables import Cost, LearningRun  # noqa: E402
+from loop import learning_rate, train_rival  # noqa: E402
 
 GRID = torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0])
 SMALL = {"num_epochs": 2, "images": 16, "eval_every": 1, "eval_prompts": 8}
@@ -192,7 +185,7 @@ def test_the_learning_rate_falls_and_the_average_follows():
         ("--baseline prompt", "--baseline prompt has no effect"),
         ("--ema-eval", "--ema-eval has no effect"),
         ("--group 3", "--group is 3: it should be a multiple of 2"),
-        ("--group 12", "256 is no even number of images, 12 for each prompt"),
+        ("--group 12", "should be even and a multiple of the 12 images of a prompt"),
     ],
 )
 def test_flags_of_variants_that_do_not_fit(flags: str, message: str):
@@ -258,107 +251,3 @@ def test_a_variant_with_all_flags_learns_from_what_it_keeps(job: Job, tmp_path: 
     first = read.of("step")[0], read.of("step")[3]
     assert first[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
     assert abs(first[1]["ratio_mean"] - 1) > 1e-5  # the network is ahead of the average that drew
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tuning and the pages
-
-
-def fake_run(folder: Path, epochs: int, scene: float, seed: int) -> None:
-    """A run's kept log, whose scores rise to `scene`."""
-    folder.mkdir(parents=True)
-    config = dataclasses.replace(PRESETS["tiny"], num_epochs=epochs, seed=seed)
-    (folder / CONFIG).write_text(to_json(config))
-    (folder / END).write_text('{"wall": 1.0, "broke": "", "machine": "a test"}')
-    lines = []
-    for epoch in range(0, epochs + 1, 10):
-        means = {"scene": 70 + (scene - 70) * epoch / epochs, "scene_clip": 50.0, "pixel_diversity": 18.0}
-        scores = {name: [value] for name, value in means.items()}
-        lines.append({"kind": "eval", "epoch": epoch, "means": means, "scores": scores, "prompts": 1})
-    (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_the_flags_of_all_settings_exist():
-    for method, read in (("flow_grpo", FlowGrpoOptions), ("diffusion_nft", NftOptions), ("fdfo_variants", VariantOptions)):
-        for flags in tune.SETTINGS[method].values():
-            tiny_config(parse(read, flags.split()), method)
-    for flags in tune.SETTINGS["fdfo"].values():
-        parse_train_config(["--preset", "tiny", *flags.split()])
-
-
-def test_the_best_setting_goes_into_the_final_and_the_page_shows_it(tmp_path: Path):
-    logs, best = tmp_path / "logs", {"fdfo": "clip-0.1", "flow_grpo": "noise-1.0", "diffusion_nft": "defaults"}
-    for method, settings in ((method, tune.SETTINGS[method]) for method in tune.METHODS):
-        assert len(settings) == 8
-        for setting in settings:
-            fake_run(logs / "tuning" / method / f"{setting}-seed-6", 100, 90 if setting == best[method] else 80, 6)
-    config = tune.TuneConfig(logs, final=True)
-    planned = tune.planned_runs(config)
-    assert [(one.method, one.setting, one.seed) for one in planned[:3]] == [(*pair, 7) for pair in best.items()]
-    assert len(planned) == 9 and not tune.planned_runs(dataclasses.replace(config, final=False))
-    for one in planned:
-        fake_run(one.kept, one.epochs, {"fdfo": 95.0, "flow_grpo": 85.0, "diffusion_nft": 98.0}[one.method], one.seed)
-    assert not tune.planned_runs(config)
-    rival_page.main(rival_page.PageConfig(logs, tmp_path / "rivals.md"))
-    page = (tmp_path / "rivals.md").read_text()
-    assert "Flow-GRPO's best mean over its seeds is 85.0, within 200 epochs." in page
-    assert "runs reach it: 120, 120, 120 (epochs)" in page and "runs reach it: never, never, never (epochs)" in page
-    assert "**noise-1.0**" in page and (tmp_path / "rivals.png").exists()
-    fake_run(logs / "final" / "fdfo" / "defaults-seed-7", 200, 90.0, 7)
-    rival_page.main(rival_page.PageConfig(logs, tmp_path / "rivals.md"))
-    page = (tmp_path / "rivals.md").read_text()
-    assert "at which FDFO, clip-0.1's runs reach it: 120, 120, 120" in page and "FDFO, defaults's runs reach it: 150 (epochs)" in page
-    (logs / "tuning" / "fdfo" / "defaults-seed-6" / END).unlink()
-    with pytest.raises(UserError, match="The tuning of fdfo lacks defaults"):
-        tune.planned_runs(config)
-
-
-def test_the_page_on_variants_sorts_the_settings_and_the_final_takes_those_named(tmp_path: Path):
-    logs, page = tmp_path / "logs", tmp_path / "gap.md"
-    config = tune.TuneConfig(logs, ("fdfo_variants",), only=("defaults", "clip-0.5"))
-    with pytest.raises(UserError, match="fdfo_variants has no setting noise-1.0"):
-        tune.planned_runs(dataclasses.replace(config, only=("noise-1.0",)))
-    for one in tune.planned_runs(config):
-        fake_run(one.kept, one.epochs, {"defaults": 90.0, "clip-0.5": 94.0}[one.setting], one.seed)
-    fake_run(logs / "tuning" / "diffusion_nft" / "group-16-seed-6", 100, 98, 6)
-    final = dataclasses.replace(config, final=True)
-    assert [(one.setting, one.seed) for one in tune.planned_runs(final)[:3]] == [
-        ("defaults", 7),
-        ("clip-0.5", 7),
-        ("defaults", 8),
-    ]
-    for one in tune.planned_runs(final):
-        fake_run(one.kept, one.epochs, 80.0 + one.seed, one.seed)
-    variants_page.main(variants_page.PageConfig(logs, page))
-    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows[2:5]] == ["| clip-0.5", "| **defaults**", "| DiffusionNFT, group-16"]
-    assert rows[2].split(" | ")[5:8] == ["94.0", "83.20", "100"] and rows[3].split(" | ")[7] == "-"
-    assert rows[7].split(" | ")[6] == "88.0 (87.0, 88.0, 89.0)" and (tmp_path / "gap.png").exists()
-
-
-def test_the_page_on_long_runs(tmp_path: Path):
-    kept, warning = tmp_path / "logs" / "defaults-6", "a step's clipfrac is 0.{}: lower --train.learning-rate"
-    fake_run(kept, 200, 90.0, 6)
-    lines = [json.loads(line) | {"best": 50, "held_out": ["scene_clip"], "warnings": []} for line in (kept / LOG).open()]
-    for epoch in range(1, 201):
-        warnings = [warning.format(epoch)] if epoch in (93, 95) else []
-        lines.append(
-            {"kind": "epoch", "epoch": epoch, "reward_mean": float(epoch), "skipped_steps": epoch % 2, "warnings": warnings}
-        )
-    (kept / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    long_runs.main(long_runs.LongConfig(tmp_path / "logs", tmp_path / "long.md"))
-    page = (tmp_path / "long.md").read_text()
-    assert "| training reward | - | 45.5 | 95.5 | 195.5 |" in page and "| scene | 70.0 | 75.0 | 80.0 | 90.0 |" in page
-    assert "checkpoints/best: epoch 50, with a mean rise of 0.00 spreads; scene 75.0 (last 90.0)" in page
-    assert "skipped optimizer steps: 100" in page and page.count("- warned") == 1
-    assert "- warned after epoch 93, 2 time(s) in all: a step's clipfrac is 0.93" in page
-
-
-def test_runs_are_dealt_to_the_gpus_that_are_seen(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert gpu_of(3) == {}
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [gpu_of(number)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["0", "1", "0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert gpu_of(1) == {"CUDA_VISIBLE_DEVICES": "6"}

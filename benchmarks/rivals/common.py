@@ -1,8 +1,7 @@
-"""What the rivals share: the tiny preset's run, groups of images, optimizer steps, evaluations and the log.
+"""What the rivals share: options, the images of an epoch, and what a method has to do.
 
-A rival trains the model, LoRA, reward and prompts of `train.py --preset tiny`, with as many images and optimizer steps an epoch. Its
-evaluations are those of train.py, and its log has the same lines, so that learning.py and learning_tables.py read it. The lines of
-epochs also say what an epoch costs. A rival runs in one process, in float32, and writes no checkpoints.
+A rival trains the model, LoRA, reward and prompts of `train.py --preset tiny`, by default with as many images and optimizer steps an
+epoch. loop.py trains it.
 """
 
 import contextlib
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
 
-import numpy as np
 import torch
 from pydantic import Field
 
@@ -21,25 +19,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from learning_tables import Cost  # noqa: E402
 
-from fdfo.config.command_line import parse  # noqa: E402
 from fdfo.config.errors import UserError  # noqa: E402
-from fdfo.config.options import Count, Options, Positive, to_json  # noqa: E402
+from fdfo.config.options import Count, Options, Positive  # noqa: E402
 from fdfo.config.presets import PRESETS  # noqa: E402
 from fdfo.config.train_options import TrainConfig  # noqa: E402
-from fdfo.distributed.job import Job  # noqa: E402
-from fdfo.distributed.launch import start_job  # noqa: E402
-from fdfo.distributed.machine import StageClock, versions  # noqa: E402
-from fdfo.distributed.shutdown import Stopped, guarded  # noqa: E402
-from fdfo.distributed.stages import Stages  # noqa: E402
-from fdfo.method.evaluate import evaluate  # noqa: E402
-from fdfo.method.prepare import Run, prepare  # noqa: E402
+from fdfo.method.prepare import Run  # noqa: E402
 from fdfo.method.rollout import standard_normal  # noqa: E402
 from fdfo.model.text import TextEmbeddings  # noqa: E402
-from fdfo.run_folder.start import FRESH  # noqa: E402
 from fdfo.storage.prompts import epoch_prompts  # noqa: E402
-from rewards.scorer import describe  # noqa: E402
-
-RIVAL = "rival.json"  # beside config.json: the rival's own options
 
 
 @dataclass(frozen=True)
@@ -80,7 +67,7 @@ class RivalOptions(Options):
         """Raise UserError for values that no run can have together."""
         if self.images % self.per_prompt or self.images % 2:
             raise UserError(
-                f"--images {self.images} is no even number of images, {self.per_prompt} for each prompt: change one of the two."
+                f"--images {self.images} should be even and a multiple of the {self.per_prompt} images of a prompt: change one of the two."
             )
 
 
@@ -151,94 +138,8 @@ def image_noise(run: Run, epoch: int, rows: torch.Tensor, stream: int) -> torch.
     return torch.stack(draws).to(run.model.device)
 
 
-def learning_rate(options: RivalOptions, epoch: int) -> float:
-    """Return the learning rate of an epoch, counted from 0."""
-    return options.learning_rate * (1 + (options.fall_to - 1) * epoch / max(1, options.num_epochs - 1))
-
-
 def move_average(average: list[torch.Tensor], parameters: list[torch.nn.Parameter], rate: float) -> None:
     """Move an average of the adapter to the adapter: average <- rate average + (1 - rate) parameters."""
     with torch.no_grad():
         for mean, parameter in zip(average, parameters, strict=True):
             mean.mul_(rate).add_(parameter, alpha=1 - rate)
-
-
-def train_rival(job: Job, options: RivalOptions, kind: type) -> Run:
-    """Train with a rival, and return the finished run. Raises UserError; raises Stopped if a signal asks for it."""
-    run = prepare(job, tiny_config(options, kind.name), FRESH)
-    (run.folder / RIVAL).write_text(to_json(options), encoding="utf-8")
-    scorers = run.judges.reward.scorers | run.judges.metrics
-    run.log.write(
-        "start", 0, processes=1, device=str(job.device), compile_seconds=None, command=list(sys.argv), versions=versions(),
-        scorers=describe(scorers), changed={},
-    )  # fmt: skip
-    job.print(f"run folder: {run.folder}")
-    rival = kind(run, options)
-    with guarded(job, run.config.timeout_minutes) as guard:
-        stages = Stages(job, StageClock(job.device), guard)
-        with rival.evaluated():
-            evaluate(run, stages)
-        while run.progress.epochs < options.num_epochs:
-            train_epoch(run, rival, options, stages)
-            with rival.evaluated():
-                evaluate(run, stages)
-    return run
-
-
-def train_epoch(run: Run, rival: Rival, options: RivalOptions, stages: Stages) -> None:
-    """Train one epoch: draw, score, update, log."""
-    epoch, config, model = run.progress.epochs, run.config, run.model
-    with stages("sample", epoch + 1):
-        prompts = rival.prompts(epoch, options.images // options.per_prompt)
-        texts = model.encode_prompts(prompts, 1.0)[0]
-        images = Prompted(epoch, [prompt for prompt in prompts for _ in range(options.per_prompt)], texts, options.per_prompt)
-        decoded = model.decode(rival.sample(images))  # [N, 3, height, width]
-    with stages("score", epoch + 1):
-        scores = run.judges.reward.score(images.prompts, decoded)
-        rewards = run.judges.reward.total(scores)
-        rival.judge(rewards)
-    for group in run.learner.optimizer.param_groups:
-        group["lr"] = learning_rate(options, epoch)
-    order, steps = np.random.default_rng([config.seed, epoch, 0x5A]).permutation(rival.samples), []
-    for number, part in enumerate(np.array_split(order, config.gradient_steps_per_epoch)):
-        with stages("update", epoch + 1, number):
-            steps.append(optimizer_step(run, rival, torch.from_numpy(part)))
-        run.log.write("step", epoch + 1, step=number + 1, **steps[-1])
-    rival.finish(epoch + 1)
-    run.progress.epochs += 1
-    means = {name: float(np.mean([step[name] for step in steps])) for name in steps[0] if name != "applied"}
-    run.log.write(
-        "epoch", epoch + 1, reward_mean=float(rewards.mean()), reward_std=float(rewards.std()),
-        scores={name: float(values.mean()) for name, values in scores.items()}, **means,
-        skipped_steps=sum(not step["applied"] for step in steps), warnings=[], cost=dataclasses.asdict(rival.cost),
-        seconds=stages.clock.read(),
-    )  # fmt: skip
-    print(f"epoch {epoch + 1}/{config.num_epochs}: reward {float(rewards.mean()):.2f}", flush=True)
-
-
-def optimizer_step(run: Run, rival: Rival, samples: torch.Tensor) -> dict[str, float | bool]:
-    """Take one optimizer step on the mean loss of some samples [n], and return its numbers; skip one that is not finite."""
-    optimizer, parameters, sums = run.learner.optimizer, run.model.trainable(), {}
-    optimizer.zero_grad()
-    for batch in samples.to(run.model.device).split(run.config.max_batch_size):
-        loss, numbers = rival.loss(batch)
-        (loss.sum() / len(samples)).backward()
-        for name, values in {"loss": loss, **numbers}.items():
-            sums[name] = sums.get(name, 0) + values.detach().double().sum()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.train.max_grad_norm)
-    means = {name: float(value) / len(samples) for name, value in sums.items()}
-    applied = bool(norm.isfinite()) and bool(np.isfinite(means["loss"]))
-    if applied:
-        optimizer.step()
-    optimizer.zero_grad()
-    return means | {"grad_norm": float(norm), "applied": applied}
-
-
-def main(options: type[RivalOptions], kind: type) -> None:
-    """Train with a rival from the command line."""
-    given = parse(options, sys.argv[1:])
-    with start_job() as job:
-        try:
-            train_rival(job, given, kind)
-        except Stopped as stopped:
-            job.print(f"{stopped}; the log ends there")

@@ -25,7 +25,8 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from common import Cost, Prompted, Rival, RivalOptions, main, move_average, row_batches
+from common import Cost, Prompted, Rival, RivalOptions, move_average, row_batches
+from loop import main
 from pydantic import Field
 
 from fdfo.config.errors import UserError

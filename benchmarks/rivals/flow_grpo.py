@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from common import Cost, Prompted, Rival, RivalOptions, image_noise, main, row_batches
+from common import Cost, Prompted, Rival, RivalOptions, image_noise, row_batches
+from loop import main
 from pydantic import Field
 
 from fdfo.config.options import NotNegative, Positive

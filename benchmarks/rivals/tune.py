@@ -33,8 +33,8 @@ import tyro
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from learning import END, LearningConfig, follow, keep, read_run  # noqa: E402
 from learning_tables import LearningRun  # noqa: E402
+from run_logs import END, follow, keep, read_run  # noqa: E402
 from settings import METHODS, SCRIPTS, SETTINGS, Method  # noqa: E402
 
 from fdfo.config.errors import UserError  # noqa: E402
@@ -140,15 +140,15 @@ def planned_runs(config: TuneConfig) -> list[Planned]:
 
 
 def is_done(planned: Planned) -> bool:
-    """Return whether the log of a run is there, up to its end or to where it broke."""
+    """Return whether the log of a run is there, up to its last epoch or to where it broke."""
     if not planned.kept.exists():
         return False
-    found = [run for run in kept_runs(planned.kept.parent.parent, planned.method) if run.seed == planned.seed]
-    return any(run.setting == planned.setting and (whole(run) or bool(run.end.get("broke"))) for run in found)
+    run = read_run(planned.kept, planned.setting, planned.seed)
+    return planned.epochs in run.curve() or bool(run.end.get("broke"))
 
 
 def make_run(config: TuneConfig, planned: Planned, deadline: float, number: int) -> None:
-    """Make a run and keep its log. One that fails, as its adapter breaks, keeps the log up to there. number: of the run, for its GPU."""
+    """Make a run and keep its log; that of a run whose numbers stop being finite ends there. number: of the run, for its GPU."""
     if time.monotonic() > deadline:
         print(f"{planned.kept}: not begun", flush=True)
         return
@@ -157,26 +157,17 @@ def make_run(config: TuneConfig, planned: Planned, deadline: float, number: int)
         flags = [*config.flags.split(), *SETTINGS[planned.method][planned.setting].split()]
         start, broke = time.monotonic(), ""
         try:
-            follow(
-                LearningConfig(planned.kept, parallel=config.parallel),
-                [*SCRIPTS[planned.method], runs, *numbers, *flags],
-                deadline,
-                number,
-            )
+            follow([*SCRIPTS[planned.method], runs, *numbers, *flags], config.parallel, deadline, number)
         except UserError as error:
             broke = str(error)
-        if not list(Path(runs).glob(f"*/{LOG}")):
+        if not list(Path(runs).glob(f"*/{LOG}")) or (broke and "finite" not in broke):
             print(f"{planned.kept}: {broke or 'stopped before it began'}", flush=True)
             return
         shutil.rmtree(planned.kept, ignore_errors=True)
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         keep(Path(runs), planned.kept, {"wall": time.monotonic() - start, "broke": broke, "machine": machine})
-    run = next(run for run in kept_runs(planned.kept.parent.parent, planned.method) if planned.kept.name == name_of(run))
+    run = read_run(planned.kept, planned.setting, planned.seed)
     print(f"{planned.kept}: {json.dumps({e: round(s, 1) for e, s in run.curve().items()})} {broke[-300:]}", flush=True)
-
-
-def name_of(run: LearningRun) -> str:
-    return f"{run.setting}-seed-{run.seed}"
 
 
 def main(config: TuneConfig) -> None:

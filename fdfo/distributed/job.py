@@ -40,7 +40,7 @@ class Job:
     def rounds(self, own: list[T]) -> list[tuple[T, bool]]:
         """Return this rank's pieces of work, equally many on every rank, for work that all ranks do together.
 
-        There is 1 or more. A rank with fewer pieces repeats its last one, marked False.
+        own has 1 or more. A rank with fewer pieces than another repeats its last one, marked False.
         """
         return [(own[min(i, len(own) - 1)], i < len(own)) for i in range(self.max(len(own)))]
 

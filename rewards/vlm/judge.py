@@ -70,8 +70,9 @@ class Vlm:
         """Return the logit of the first of two answers minus that of the second, at the answer position.
 
         texts [N] from dialogue(), images [N, K, 3, H, W], K of each text, answers: two tokens -> [N] float32. N K is at most
-        MAX_BATCH. A GPU's kernels round differently for other shapes. There the rows are filled up, too, so that an image's
-        score does not depend on how many others this process has, if all texts are of one filled length.
+        MAX_BATCH. Texts are filled up to a multiple of LENGTH_STEP. A GPU's kernels round differently for other shapes, so on a
+        GPU rows are added up to MAX_BATCH images. If all texts have one filled length, an image's score does not depend on its
+        neighbours, or on how many images this process has.
         """
         rows, full = len(texts), MAX_BATCH // images.shape[1]
         if self.job.device.type == "cuda":
@@ -86,7 +87,9 @@ class Vlm:
     def filled_lengths(self, texts: list[str], height: int, width: int) -> list[int]:
         """Return how many tokens each text from dialogue() is filled up to, with its images of this size."""
         images = self.processor.image_processor
-        tokens = images.get_number_of_image_patches(height, width) // images.merge_size**2  # of an image; in the text it has one
+        tokens = (
+            images.get_number_of_image_patches(height, width) // images.merge_size**2
+        )  # of an image; the text has one placeholder for it
         rows = self.processor.tokenizer(texts)["input_ids"]
         lengths = [len(row) + (tokens - 1) * row.count(self.processor.image_token_id) for row in rows]
         return [-(-length // LENGTH_STEP) * LENGTH_STEP for length in lengths]
@@ -94,8 +97,8 @@ class Vlm:
     def in_batches(self, lengths: list[int], size: int, answer: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
         """Return what `answer` gives for the rows of these filled lengths [N], at most `size` rows of one length at a time: [N].
 
-        A sharded model is called by all ranks together: each must call this equally often, with any N of 1 or more. Their
-        lengths need not agree, since what they gather is the weights.
+        A sharded model is called by all ranks together: each must call this equally often, with any N of 1 or more. Ranks
+        may have other lengths, since they share only the weights.
         """
         job, answers = self.job if self.sharded else Job(0, 1, self.job.device), torch.empty(len(lengths), device=self.job.device)
         for rows, _ in job.rounds(batches_of_one_length(lengths, size)):
