@@ -125,8 +125,8 @@ def findings(groups: Groups) -> list[str]:
         for name, (epochs, own) in ours.items():  # own [runs, epochs]
             passes = [next((str(e) for e, score in zip(epochs, curve, strict=True) if score >= best), "never") for curve in own]
             lines.append(
-                f"- {other}'s best mean over its seeds is {best:.1f}, within {reached[-1]} epochs. {name}'s runs reach it at epoch "
-                f"{', '.join(passes)}. After epoch {epochs[-1]} {name} has {own[:, -1].mean():.1f}."
+                f"- {other}'s best mean over its seeds is {best:.1f}, within {reached[-1]} epochs. Epochs at which {name}'s runs "
+                f"reach it: {', '.join(passes)}. After epoch {epochs[-1]} {name} has {own[:, -1].mean():.1f}."
             )
     return [*lines, ""]
 
