@@ -85,11 +85,12 @@ class Vlm:
         return logits[:, answers[0]] - logits[:, answers[1]]
 
     def filled_lengths(self, texts: list[str], height: int, width: int) -> list[int]:
-        """Return how many tokens each text from dialogue() is filled up to, with its images of this size."""
+        """Return how many tokens each text from dialogue() is filled up to, with its images of this size.
+
+        In the text, an image has one placeholder.
+        """
         images = self.processor.image_processor
-        tokens = (
-            images.get_number_of_image_patches(height, width) // images.merge_size**2
-        )  # of an image; the text has one placeholder for it
+        tokens = images.get_number_of_image_patches(height, width) // images.merge_size**2  # of an image
         rows = self.processor.tokenizer(texts)["input_ids"]
         lengths = [len(row) + (tokens - 1) * row.count(self.processor.image_token_id) for row in rows]
         return [-(-length // LENGTH_STEP) * LENGTH_STEP for length in lengths]
