@@ -22,14 +22,7 @@ sys.path[:0] = [str(ROOT / "benchmarks" / "rivals"), str(ROOT / "benchmarks")]
 
 from common import RivalOptions, move_average, tiny_config  # noqa: E402
 from diffusion_nft import DiffusionNft, NftOptions, implicit_policies, nft_loss, optimality  # noqa: E402
-from fdfo_variants import (  # noqa: E402
-    FdfoVariant,
-    VariantOptions,
-    best_and_worst,
-    deviation,
-    gain_probabilities,
-    noise_weights,
-)
+from fdfo_variants import FdfoVariant, VariantOptions  # noqa: E402
 from flow_grpo import (  # noqa: E402
     FlowGrpo,
     FlowGrpoOptions,
@@ -42,6 +35,13 @@ from flow_grpo import (  # noqa: E402
 )
 from learning_tables import Cost, LearningRun  # noqa: E402
 from loop import learning_rate, train_rival  # noqa: E402
+from variant_math import (  # noqa: E402
+    best_and_worst,
+    deviation,
+    gain_probabilities,
+    noise_weights,
+    residual_direction,
+)
 
 GRID = torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0])
 SMALL = {"num_epochs": 2, "images": 16, "eval_every": 1, "eval_prompts": 8}
@@ -162,6 +162,17 @@ def test_weights_by_noise_level():
     assert noise_weights(GRID, -2).tolist() == pytest.approx([part**2 / 0.2025 for part in (0, 0.1, 0.4, 0.8)])
 
 
+def test_the_residual_points_to_the_image_that_came():
+    final, noise, v_ref = normals(3, 3, 2, 2, 2)
+    sigma = torch.tensor([0.9, 0.6, 0.2]).double()
+    share = sigma[:, None, None, None]
+    x = (1 - share) * final + share * noise
+    d = residual_direction(x, v_ref, sigma, final)
+    torch.testing.assert_close(d.square().mean((1, 2, 3)), torch.ones(3).double())
+    velocity_error = v_ref - (noise - final)  # a velocity moved against d comes closer to the one that leads to the image
+    torch.testing.assert_close(d, velocity_error / velocity_error.square().mean((1, 2, 3), keepdim=True).sqrt())
+
+
 def test_prompts_are_drawn_by_what_they_have_to_gain():
     assert gain_probabilities(np.full(4, np.nan), 2).tolist() == [0.25] * 4
     means = np.array([100, 98, np.nan])  # the last counts as 99
@@ -251,3 +262,12 @@ def test_a_variant_with_all_flags_learns_from_what_it_keeps(job: Job, tmp_path: 
     first = read.of("step")[0], read.of("step")[3]
     assert first[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
     assert abs(first[1]["ratio_mean"] - 1) > 1e-5  # the network is ahead of the average that drew
+
+
+def test_a_variant_trains_at_images_noised_anew(job: Job, tmp_path: Path):
+    flags = "--twin 0 --residual 1 --states fresh --starts-per-prompt 4"
+    options = dataclasses.replace(parse(VariantOptions, flags.split()), **SMALL, out=tmp_path)
+    run = train_rival(job, options, FdfoVariant)
+    read = LearningRun("fresh", 6, run.config, {"wall": 1.0}, read_log(run.folder / LOG)[0])
+    assert read.cost == Cost(16, 2 * 16 * 8, 16 * 8)
+    assert read.of("step")[0]["ratio_mean"] == pytest.approx(1, abs=1e-6) and read.of("step")[0]["grad_norm"] > 0

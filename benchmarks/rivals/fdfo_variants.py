@@ -6,6 +6,10 @@ Without flags it is `train.py --preset tiny`: same draws, same order of samples,
 - A group are K branches of one starting noise; K = 2 is FDFO's pair (2). A prompt has M starts.
 - dx and dR (3) are deviations from the mean of a start's K branches; of its branches with the highest and the lowest reward, which
   alone are trained on; or of all K M images of the prompt, across its starts (--baseline).
+- --residual W adds W times the same loss with a d that points from the image that v_ref expects of a latent to the image that came,
+  at size 1, and with the deviation of the reward from the mean of the prompt's K M images. That is the direction of DiffusionNFT,
+  which takes it at --states fresh. --twin 0 leaves nothing else.
+- With --states fresh the final latents are noised anew, to each noise level of the grid, and trained on there.
 - The trust region lets v move by about clip_range / 2 times the size of dx, so --clip-range and --churn belong together.
 - With --ema the images are drawn, and v_ref (4) is taken, with an average of the adapter over the epochs:
   average <- ema average + (1 - ema) adapter after each epoch. Evaluations are those of the trained adapter, or with --ema-eval of
@@ -25,19 +29,21 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from common import Cost, Prompted, Rival, RivalOptions, move_average, row_batches
+from common import Cost, Prompted, Rival, RivalOptions, image_noise, move_average, row_batches
 from loop import main
 from pydantic import Field
+from variant_math import DIMS, best_and_worst, deviation, gain_probabilities, noise_weights, residual_direction
 
 from fdfo.config.errors import UserError
 from fdfo.config.options import Count, NotNegative, Positive
 from fdfo.distributed.launch import run_command_line
-from fdfo.method.estimator import pair_deviation, surrogate_loss
+from fdfo.method.estimator import surrogate_loss
 from fdfo.method.prepare import Run
 from fdfo.method.rollout import FIRST_CHURN, START, standard_normal
-from fdfo.method.sampling import raw_gammas, sample_pairs
+from fdfo.method.sampling import prior_gammas, raw_gammas, sample_pairs
 
 GAIN = 0x6A  # stream of the draw of prompts
+FRESH = 2**30  # stream of the noise of --states fresh, plus the solver step
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,20 @@ class VariantOptions(RivalOptions):
     """M: starts of a prompt in an epoch, which has the fewer prompts then"""
     baseline: Literal["start", "best-worst", "prompt"] = "start"
     """dx and dR are deviations from the mean of the start's branches, of its best and its worst branch, or of all the prompt's images"""
+    twin: NotNegative = 1.0
+    """weight of FDFO's loss, whose d points along dx"""
+    residual: NotNegative = 0.0
+    """weight of a loss whose d points from the image that the network expects of a latent to the one that came"""
+    states: Literal["trajectory", "fresh"] = "trajectory"
+    """what is trained on: the latents of the trajectory, or the final latents, noised anew to the same noise levels"""
     learning_rate: Positive = 2e-4
     """AdamW learning rate"""
     clip_range: Positive = 0.2
     """eps of the surrogate loss: how far the ratio may move from 1"""
     churn: Positive = 0.02
-    """amount of churn, the same at every noise level"""
+    """amount of churn: gamma at every noise level, or with --schedule prior the logarithm of 1 + gamma at the start"""
+    schedule: Literal["raw", "prior"] = "raw"
+    """where branches part: at every noise level, or in the starting noise alone, where a churn of 8 makes them independent"""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """draw with an average of the adapter that keeps this share of itself an epoch; 0: with the adapter itself"""
     ema_eval: bool = False
@@ -81,36 +95,6 @@ class VariantOptions(RivalOptions):
             raise UserError("--ema-eval has no effect without --ema: give both, or leave it out.")
 
 
-def deviation(values: torch.Tensor, group: int) -> torch.Tensor:
-    """Return each value's deviation from the mean of its group, which lies together: [N, ...] -> [N, ...]."""
-    if group == 2:
-        return pair_deviation(values)
-    grouped = values.unflatten(0, (-1, group))  # [N / group, group, ...]
-    return (grouped - grouped.mean(1, keepdim=True)).flatten(0, 1)
-
-
-def best_and_worst(rewards: torch.Tensor, group: int) -> torch.Tensor:
-    """Return the rows of the highest and the lowest reward of each group, in the order of rows: [N] -> [2 N / group] int64."""
-    order = rewards.view(-1, group).argsort(dim=1, stable=True)  # of equals, the first and the last
-    ends = order[:, [0, -1]].sort(1).values
-    return (ends + group * torch.arange(len(ends), device=ends.device)[:, None]).flatten()
-
-
-def noise_weights(grid: torch.Tensor, power: float) -> torch.Tensor:
-    """Return the weight of each solver step: grid [T + 1] from 1 to 0 -> [T] with mean 1. A power above 0 favours high noise."""
-    sigma = grid[:-1].double()
-    weights = sigma**power if power >= 0 else (1 - sigma) ** -power
-    return (weights / weights.mean()).float()
-
-
-def gain_probabilities(means: np.ndarray, power: float) -> np.ndarray:
-    """Return how likely each prompt is drawn: its mean reward [P], of at most 100, NaN if there is none -> [P] with sum 1."""
-    seen = ~np.isnan(means)
-    filled = np.where(seen, means, means[seen].mean() if seen.any() else 0.0)
-    weights = (101 - filled) ** power
-    return weights / weights.sum()
-
-
 class FdfoVariant(Rival):
     """FDFO, with the trajectories of the epoch under way. Sample i is solver step i % T of the kept image i // T."""
 
@@ -124,7 +108,8 @@ class FdfoVariant(Rival):
         self.means = np.full(len(run.prompts), np.nan)  # of each prompt's rewards: the last images count half
         kept = 2 * options.images // options.group if options.baseline == "best-worst" else options.images
         self.samples = kept * self.T
-        self.cost = Cost(options.images, options.images * self.T, self.samples)
+        forwards = options.images * self.T * (2 if options.states == "fresh" else 1)  # to draw, and v_ref
+        self.cost = Cost(options.images, forwards, self.samples)
 
     def averaged(self, wanted: bool) -> contextlib.AbstractContextManager:
         """Return a context in which the model has the average adapter if that is wanted, else its own."""
@@ -150,10 +135,20 @@ class FdfoVariant(Rival):
             for rows in row_batches(len(images.prompts), size, self.run.model.device):
                 steps = []
                 final.append(self.sample_rows(rows, lambda _, x, v, steps=steps: steps.append(torch.stack([x, v]))))
+                if self.options.states == "fresh":
+                    steps = self.noised(rows, final[-1])
                 kept.append(torch.stack(steps, dim=2).flatten(1, 2))  # [2, n T, C, H, W]
         self.x, self.v_ref = torch.cat(kept, dim=1)  # [N T, C, H, W] each
         self.final = torch.cat(final)
         return self.final
+
+    def noised(self, rows: torch.Tensor, final: torch.Tensor) -> list[torch.Tensor]:
+        """Noise final latents [n, C, H, W] to each level of the grid -> latents and the network's v, [2, n, C, H, W] for each."""
+        velocity, steps = self.run.model.velocity_at(self.images.text(rows), None, 1.0), []
+        for step, sigma in enumerate(self.grid[:-1].tolist()):
+            x = (1 - sigma) * final + sigma * image_noise(self.run, self.images.epoch, rows, FRESH + step)
+            steps.append(torch.stack([x, velocity(x, sigma)]))
+        return steps
 
     def sample_rows(self, rows: torch.Tensor, keep: Callable[[int, torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
         """Draw the images of some whole starts: rows [n] -> final latents [n, C, H, W]. keep: see sample_pairs."""
@@ -166,9 +161,15 @@ class FdfoVariant(Rival):
         x_init = torch.stack(draw(shape, START)).to(model.device).repeat_interleave(K // 2, dim=0)  # [n / 2, C, H, W]
         return sample_pairs(
             model.velocity_at(self.images.text(rows), None, 1.0), x_init, self.grid,
-            raw_gammas(self.grid, len(x_init), self.options.churn),
+            self.gammas(len(x_init)),
             lambda step: torch.cat(draw((K, *shape), FIRST_CHURN + step)).to(model.device), keep,
         )  # fmt: skip
+
+    def gammas(self, pairs: int) -> torch.Tensor:
+        """Return the churn of some pairs (docs/method.md 2): [P, T + 1]."""
+        if self.options.schedule == "raw":
+            return raw_gammas(self.grid, pairs, self.options.churn)
+        return prior_gammas(self.grid, torch.full((pairs,), self.options.churn, dtype=torch.float64))
 
     def judge(self, rewards: torch.Tensor) -> None:
         """Take the deviations (docs/method.md 3) of the kept images."""
@@ -179,6 +180,7 @@ class FdfoVariant(Rival):
             self.kept = torch.arange(len(rewards), device=rewards.device)
             group = options.per_prompt if options.baseline == "prompt" else options.group
         self.dx, self.dR = deviation(self.final[self.kept], group), deviation(rewards[self.kept], group)
+        self.dR_prompt = deviation(rewards, options.per_prompt)[self.kept]
         if options.gain_power:
             new, old = rewards.view(-1, options.per_prompt).mean(1).double().cpu().numpy(), self.means[self.chosen]
             self.means[self.chosen] = np.where(np.isnan(old), new, (old + new) / 2)
@@ -187,11 +189,17 @@ class FdfoVariant(Rival):
         """Return the weighted surrogate loss (docs/method.md 4) of some samples."""
         model, options, place, step = self.run.model, self.options, batch // self.T, batch % self.T
         row = self.kept[place]
-        stored = row * self.T + step
-        v = model.velocity(self.x[stored], self.grid.to(model.device)[step], self.images.text(row), None, 1.0)
-        loss, ratio = surrogate_loss(v, self.v_ref[stored], self.dx[place], self.dR[place], options.clip_range)
+        x, v_ref = (stored[row * self.T + step] for stored in (self.x, self.v_ref))
+        sigma = self.grid.to(model.device)[step]
+        v = model.velocity(x, sigma, self.images.text(row), None, 1.0)
+        loss, ratio = surrogate_loss(v, v_ref, self.dx[place], self.dR[place], options.clip_range)
+        loss = options.twin * loss
+        if options.residual > 0:
+            d = residual_direction(x, v_ref, sigma, self.final[row])
+            added, ratio = surrogate_loss(v, v_ref, d, self.dR_prompt[place], options.clip_range)
+            loss = loss + options.residual * sigma * added
         if options.proximal > 0:
-            loss = loss + options.proximal * (v - self.v_ref[stored]).square().mean((1, 2, 3))
+            loss = loss + options.proximal * (v - v_ref).square().mean(DIMS)
         return self.weights[step] * loss, {"ratio_mean": ratio, "clipfrac": (ratio - 1).abs() > options.clip_range}
 
     def finish(self, epochs: int) -> None:

@@ -83,5 +83,26 @@ SETTINGS = {  # of METHODS eight each: the defaults, and one change at a time
         "clip-0.5": "--clip-range 0.5",
         "beta2-0.9": "--adam-beta2 0.9",
         "beta2-0.95": "--adam-beta2 0.95",
+        "proximal-1000-rate-5e-4-gain-1": "--proximal 1000 --learning-rate 5e-4 --gain-power 1",
+        # From FDFO to DiffusionNFT in steps: the learning rate, the states, the direction, the independent images, the group.
+        "rate-1e-3": "--learning-rate 1e-3",
+        "fresh": "--states fresh",
+        "fresh-rate-1e-3": "--states fresh --learning-rate 1e-3",
+        "fresh-residual-twins-rate-1e-3": "--states fresh --twin 0 --residual 1 --learning-rate 1e-3",
+        "fresh-residual-2-rate-1e-3": "--states fresh --twin 0 --residual 1 --schedule prior --churn 8 --learning-rate 1e-3",
+        "fresh-residual-2-rate-3e-4": "--states fresh --twin 0 --residual 1 --schedule prior --churn 8 --learning-rate 3e-4",
+        "fresh-residual-2-near-rate-1e-3": "--states fresh --twin 0 --residual 1 --schedule prior --churn 0.5 --learning-rate 1e-3",
+        "fresh-residual-2-proximal-30-rate-1e-3": "--states fresh --twin 0 --residual 1 --schedule prior --churn 8 --proximal 30 "
+        "--learning-rate 1e-3",
+        "fresh-residual-twins-proximal-30-rate-1e-3": "--states fresh --twin 0 --residual 1 --proximal 30 --learning-rate 1e-3",
+        "residual-2-proximal-30-rate-1e-3": "--twin 0 --residual 1 --schedule prior --churn 8 --proximal 30 --learning-rate 1e-3",
+        "fresh-residual-8-rate-1e-3": "--states fresh --twin 0 --residual 1 --group 8 --schedule prior --churn 8 --learning-rate 1e-3",
+        "residual-8-rate-1e-3": "--twin 0 --residual 1 --group 8 --schedule prior --churn 8 --learning-rate 1e-3",
+        # With much churn the final image is not fixed by the latent, so that the trajectory's own states may do.
+        "residual-8-churn-0.5-rate-1e-3": "--twin 0 --residual 1 --group 8 --churn 0.5 --learning-rate 1e-3",
+        "residual-8-churn-2-rate-1e-3": "--twin 0 --residual 1 --group 8 --churn 2 --learning-rate 1e-3",
+        # What the twins say and what the prompt's other images say.
+        "both-rate-5e-4": "--residual 3 --starts-per-prompt 4 --learning-rate 5e-4",
+        "fresh-both-rate-1e-3": "--states fresh --residual 3 --starts-per-prompt 4 --learning-rate 1e-3",
     },
 }
