@@ -78,14 +78,14 @@ def test_the_best_setting_goes_into_the_final_and_the_page_shows_it(tmp_path: Pa
     page = (tmp_path / "rivals.md").read_text()
     assert "Flow-GRPO's best mean over its seeds is 85.0, within 200 epochs." in page
     assert (
-        "Epochs at which FDFO's runs reach it: 120, 120, 120." in page
-        and "Epochs at which FDFO's runs reach it: never, never, never." in page
+        "Epochs at which the runs of FDFO reach it: 120, 120, 120." in page
+        and "Epochs at which the runs of FDFO reach it: never, never, never." in page
     )
     assert "**noise-1.0**" in page and (tmp_path / "rivals.png").exists()
     fake_run(logs / "final" / "fdfo" / "defaults-seed-7", 200, 90.0, 7)
     rival_page.main(rival_page.PageConfig(logs, tmp_path / "rivals.md"))
     page = (tmp_path / "rivals.md").read_text()
-    assert "FDFO, clip-0.1's runs reach it: 120, 120, 120." in page and "FDFO, defaults's runs reach it: 150." in page
+    assert "FDFO (clip-0.1) reach it: 120, 120, 120." in page and "FDFO (defaults) reach it: 150." in page
     (logs / "tuning" / "fdfo" / "defaults-seed-6" / END).unlink()
     with pytest.raises(UserError, match="The tuning of fdfo lacks defaults"):
         tune.planned_runs(config)

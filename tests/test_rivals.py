@@ -12,6 +12,7 @@ from conftest import CPU, ROOT
 from fdfo.config.command_line import parse
 from fdfo.config.errors import UserError
 from fdfo.config.presets import PRESETS
+from fdfo.config.train_options import ChurnConfig, OptimConfig
 from fdfo.distributed.job import Job
 from fdfo.method.estimator import pair_deviation
 from fdfo.method.prepare import Run
@@ -35,13 +36,7 @@ from flow_grpo import (  # noqa: E402
 )
 from learning_tables import Cost, LearningRun  # noqa: E402
 from loop import learning_rate, train_rival  # noqa: E402
-from variant_math import (  # noqa: E402
-    best_and_worst,
-    deviation,
-    gain_probabilities,
-    noise_weights,
-    residual_direction,
-)
+from variant_math import best_and_worst, deviation, gain_probabilities, noise_weights  # noqa: E402
 
 GRID = torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0])
 SMALL = {"num_epochs": 2, "images": 16, "eval_every": 1, "eval_prompts": 8}
@@ -162,17 +157,6 @@ def test_weights_by_noise_level():
     assert noise_weights(GRID, -2).tolist() == pytest.approx([part**2 / 0.2025 for part in (0, 0.1, 0.4, 0.8)])
 
 
-def test_the_residual_points_to_the_image_that_came():
-    final, noise, v_ref = normals(3, 3, 2, 2, 2)
-    sigma = torch.tensor([0.9, 0.6, 0.2]).double()
-    share = sigma[:, None, None, None]
-    x = (1 - share) * final + share * noise
-    d = residual_direction(x, v_ref, sigma, final)
-    torch.testing.assert_close(d.square().mean((1, 2, 3)), torch.ones(3).double())
-    velocity_error = v_ref - (noise - final)  # a velocity moved against d comes closer to the one that leads to the image
-    torch.testing.assert_close(d, velocity_error / velocity_error.square().mean((1, 2, 3), keepdim=True).sqrt())
-
-
 def test_prompts_are_drawn_by_what_they_have_to_gain():
     assert gain_probabilities(np.full(4, np.nan), 2).tolist() == [0.25] * 4
     means = np.array([100, 98, np.nan])  # the last counts as 99
@@ -240,8 +224,25 @@ def test_a_rival_starts_as_train_py_and_logs_as_it_does(rival: type, options: Ri
         assert read.of("step")[0]["distance_to_old"] == pytest.approx(0, abs=1e-8)
 
 
-def test_the_variant_without_flags_is_train_py(trained: Run, job: Job, tmp_path: Path):
-    run = train_rival(job, VariantOptions(**SMALL, out=tmp_path), FdfoVariant)
+FORWARD = OptimConfig(learning_rate=1e-3, clip_range=0.2, forward_process=True, proximal_weight=30.0)
+
+
+@pytest.mark.parametrize(
+    "changes, flags",
+    [
+        ({}, ""),
+        (
+            dict(train=FORWARD, churn=ChurnConfig("prior", weight=8, weight_sd=0)),
+            "--states fresh --twin 0 --residual 1 --schedule prior --churn 8 --proximal 30 --learning-rate 1e-3",
+        ),
+    ],
+    ids=["FDFO", "forward process"],
+)
+def test_a_variant_is_train_py(trained: Run, job: Job, tmp_path: Path, changes: dict, flags: str):
+    if changes:
+        trained = train(job, dataclasses.replace(trained.config, **changes, runs_dir=tmp_path / "train"))
+    options = dataclasses.replace(parse(VariantOptions, flags.split()), **SMALL, out=tmp_path)
+    run = train_rival(job, options, FdfoVariant)
     lines, wanted = ([line for line in read_log(one.folder / LOG)[0] if line["kind"] != "start"] for one in (run, trained))
     assert [(line["kind"], line["epoch"]) for line in lines] == [(line["kind"], line["epoch"]) for line in wanted]
     for line, other in zip(lines, wanted, strict=True):

@@ -29,21 +29,20 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from common import Cost, Prompted, Rival, RivalOptions, image_noise, move_average, row_batches
+from common import Cost, Prompted, Rival, RivalOptions, move_average, row_batches
 from loop import main
 from pydantic import Field
-from variant_math import DIMS, best_and_worst, deviation, gain_probabilities, noise_weights, residual_direction
+from variant_math import best_and_worst, deviation, gain_probabilities, noise_weights
 
 from fdfo.config.errors import UserError
 from fdfo.config.options import Count, NotNegative, Positive
 from fdfo.distributed.launch import run_command_line
-from fdfo.method.estimator import surrogate_loss
+from fdfo.method.estimator import own_direction, surrogate_loss
 from fdfo.method.prepare import Run
-from fdfo.method.rollout import FIRST_CHURN, START, standard_normal
-from fdfo.method.sampling import prior_gammas, raw_gammas, sample_pairs
+from fdfo.method.rollout import FIRST_CHURN, NOISED_ANEW, START, standard_normal
+from fdfo.method.sampling import noised, prior_gammas, raw_gammas, sample_pairs
 
 GAIN = 0x6A  # stream of the draw of prompts
-FRESH = 2**30  # stream of the noise of --states fresh, plus the solver step
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,12 @@ class FdfoVariant(Rival):
     def noised(self, rows: torch.Tensor, final: torch.Tensor) -> list[torch.Tensor]:
         """Noise final latents [n, C, H, W] to each level of the grid -> latents and the network's v, [2, n, C, H, W] for each."""
         velocity, steps = self.run.model.velocity_at(self.images.text(rows), None, 1.0), []
-        for step, sigma in enumerate(self.grid[:-1].tolist()):
-            x = (1 - sigma) * final + sigma * image_noise(self.run, self.images.epoch, rows, FRESH + step)
-            steps.append(torch.stack([x, velocity(x, sigma)]))
+        shape, K, epoch = final.shape[1:], self.options.group, self.images.epoch
+        for step, sigma in enumerate(self.grid[:-1]):
+            streams = ((row // K, NOISED_ANEW + K * step + row % K) for row in rows.tolist())
+            noise = torch.stack([standard_normal(shape, self.run.config.seed, epoch, *stream) for stream in streams])
+            x = noised(final, sigma.repeat(len(rows)).to(final.device), noise.to(final.device))
+            steps.append(torch.stack([x, velocity(x, sigma.item())]))
         return steps
 
     def sample_rows(self, rows: torch.Tensor, keep: Callable[[int, torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
@@ -195,11 +197,11 @@ class FdfoVariant(Rival):
         loss, ratio = surrogate_loss(v, v_ref, self.dx[place], self.dR[place], options.clip_range)
         loss = options.twin * loss
         if options.residual > 0:
-            d = residual_direction(x, v_ref, sigma, self.final[row])
+            d = own_direction(x, v_ref, sigma, self.final[row])
             added, ratio = surrogate_loss(v, v_ref, d, self.dR_prompt[place], options.clip_range)
             loss = loss + options.residual * sigma * added
         if options.proximal > 0:
-            loss = loss + options.proximal * (v - v_ref).square().mean(DIMS)
+            loss = loss + options.proximal * (v - v_ref).square().mean((1, 2, 3))
         return self.weights[step] * loss, {"ratio_mean": ratio, "clipfrac": (ratio - 1).abs() > options.clip_range}
 
     def finish(self, epochs: int) -> None:

@@ -125,8 +125,8 @@ def findings(groups: Groups) -> list[str]:
         for name, (epochs, own) in ours.items():  # own [runs, epochs]
             passes = [next((str(e) for e, score in zip(epochs, curve, strict=True) if score >= best), "never") for curve in own]
             lines.append(
-                f"- {other}'s best mean over its seeds is {best:.1f}, within {reached[-1]} epochs. Epochs at which {name}'s runs "
-                f"reach it: {', '.join(passes)}. After epoch {epochs[-1]} {name} has {own[:, -1].mean():.1f}."
+                f"- {other}'s best mean over its seeds is {best:.1f}, within {reached[-1]} epochs. Epochs at which the runs of "
+                f"{name} reach it: {', '.join(passes)}. After epoch {epochs[-1]} {name} has {own[:, -1].mean():.1f}."
             )
     return [*lines, ""]
 
@@ -138,7 +138,7 @@ def final_groups(logs: Path) -> Groups:
         settings = by_setting([run for run in kept_runs(logs / "final", method) if whole(run)])
         if not settings:
             raise UserError(f"{logs} has no final run of {method}: run tune.py --final first.")
-        groups |= {NAMES[method] if len(settings) == 1 else f"{NAMES[method]}, {name}": runs for name, runs in settings.items()}
+        groups |= {NAMES[method] if len(settings) == 1 else f"{NAMES[method]} ({name})": runs for name, runs in settings.items()}
     return groups
 
 

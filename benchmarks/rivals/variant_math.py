@@ -5,8 +5,6 @@ import torch
 
 from fdfo.method.estimator import pair_deviation
 
-DIMS = (1, 2, 3)
-
 
 def deviation(values: torch.Tensor, group: int) -> torch.Tensor:
     """Return each value's deviation from the mean of its group, which lies together: [N, ...] -> [N, ...]."""
@@ -36,12 +34,3 @@ def gain_probabilities(means: np.ndarray, power: float) -> np.ndarray:
     filled = np.where(seen, means, means[seen].mean() if seen.any() else 0.0)
     weights = (101 - filled) ** power
     return weights / weights.sum()
-
-
-def residual_direction(x: torch.Tensor, v_ref: torch.Tensor, sigma: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
-    """Return where an image lies from what the network expects of its latent, at size 1: final - (x - sigma v_ref), over its rms.
-
-    x, v_ref, final [N, C, H, W], sigma [N] -> [N, C, H, W].
-    """
-    residual = final - (x - sigma[:, None, None, None] * v_ref)
-    return residual / residual.square().mean(DIMS, keepdim=True).sqrt().clamp(min=1e-6)

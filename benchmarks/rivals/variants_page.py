@@ -40,6 +40,11 @@ CHANGES = {  # what a flag means, for those that some row has
     "--starts-per-prompt": "`--starts-per-prompt M`: M starts of a prompt, and the fewer prompts.",
     "best-worst": "`--baseline best-worst`: only the branches of highest and lowest reward are trained on, as one pair.",
     "--baseline prompt": "`--baseline prompt`: dx and dR are deviations from the mean of all images of the prompt, across its starts.",
+    "--states fresh": "`--states fresh`: trained on at final latents that are noised anew, instead of the trajectory's latents.",
+    "--twin 0": "`--twin 0`: FDFO's own loss, whose d points along dx, is left out.",
+    "--residual": "`--residual W`: W times a loss whose d points from the image that the network expects of a latent to the image that "
+    "came, with the rewards' deviation from the prompt's mean.",
+    "--schedule prior": "`--schedule prior`: branches part in the starting noise alone; a churn of 8 makes them independent images.",
     "--clip-range": "`--clip-range`: the trust region.",
     "--churn": "`--churn`: how far branches part.",
     "--ema ": "`--ema`: images are drawn, and v_ref taken, with an average of the adapter that keeps this share of itself an epoch.",
@@ -117,8 +122,8 @@ def last_row(folder: Path) -> list[Row]:
     return [Row(f"DiffusionNFT, {row.name}", row.flags, row.runs) for row in read_rows(folder, DIFFUSION_NFT)[:1]]
 
 
-def tuned_rows(folder: Path) -> list[Row]:
-    """Return the variants and the settings of FDFO's own tuning that are not among them, the highest mean first."""
+def all_rows(folder: Path) -> list[Row]:
+    """Return the variants in logs/tuning or logs/final, and FDFO's own settings that are not among them, the highest mean first."""
     variants = read_rows(folder, VARIANTS)
     known = {row.name for row in variants}
     rows = variants + [row for row in read_rows(folder, "fdfo") if row.name not in known]
@@ -126,25 +131,29 @@ def tuned_rows(folder: Path) -> list[Row]:
 
 
 def plot(path: Path, rows: list[Row]) -> None:
-    """Draw the score by epoch: mean and range of the seeds."""
+    """Draw the score by epoch, mean and range of the seeds, and by the diversity that is left, the mean."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
+    by_epoch, by_diversity = figure.subplots(1, 2, sharey=True)
     for row in rows:
         epochs, scores = mean_curve(row.runs)
-        (line,) = axes.plot(epochs, scores.mean(0), marker=".", label=f"{row.name} ({len(row.runs)} seeds)")
-        axes.fill_between(epochs, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="epochs", ylabel="held-out scene score")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        (line,) = by_epoch.plot(epochs, scores.mean(0), marker=".", label=f"{row.name} ({len(row.runs)} seeds)")
+        by_epoch.fill_between(epochs, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        left = [fmean(run.means("pixel_diversity")[epoch] for run in row.runs) for epoch in epochs]
+        by_diversity.plot(left, scores.mean(0), marker=".", color=line.get_color())
+    by_epoch.set(xlabel="epochs", ylabel="held-out scene score")
+    by_diversity.set(xlabel="diversity left (from right to left)")
+    for axes in (by_epoch, by_diversity):
+        axes.grid(alpha=0.3)
+    by_epoch.legend()
     figure.savefig(path, dpi=120)
 
 
 def main(config: PageConfig) -> None:
     tuning, final = (config.logs / part for part in ("tuning", "final"))
-    rows, finals = tuned_rows(tuning), read_rows(final, VARIANTS)
-    run = {row.name for row in read_rows(tuning, VARIANTS) + finals} - {"defaults"}
+    rows, finals = all_rows(tuning), all_rows(final)
+    run = {row.name for part in (tuning, final) for row in read_rows(part, VARIANTS)} - {"defaults"}
     if not run:
         raise UserError(f"{config.logs} has no run of {VARIANTS}: run tune.py --methods {VARIANTS} first.")
     first = rows[0].runs[0]
@@ -167,8 +176,17 @@ def main(config: PageConfig) -> None:
     if finals:
         image, finals = config.out.with_suffix(".png"), finals + last_row(final)
         plot(image, finals)
-        lines += ["## With other seeds", "", "Mean of the seeds, and each; the plot shows mean and range.", ""]
-        lines += [f"![Held-out score by epoch]({image.name})", "", *rows_table(finals, FINAL_EPOCHS, config.target)]
+        lines += [
+            "## With other seeds",
+            "",
+            "Mean of the seeds, and each; the plot shows mean and range by epoch, and the mean by diversity.",
+            "",
+        ]
+        lines += [
+            f"![Held-out score by epoch and by diversity]({image.name})",
+            "",
+            *rows_table(finals, FINAL_EPOCHS, config.target),
+        ]
     write_page(config.out, "Can FDFO close the gap to DiffusionNFT?", lines)
 
 

@@ -45,6 +45,11 @@ class OptimConfig(Options):
     """norm to which the gradient of an optimizer step is clipped"""
     kl_weight: Annotated[NotNegative, CHANGEABLE] = 0.0
     """weight of the squared distance to the base model's velocity; 0 means none"""
+    proximal_weight: Annotated[NotNegative, CHANGEABLE] = 0.0
+    """weight of the squared distance to the velocity that sampled; 0, as published, means none (docs/gap.md)"""
+    forward_process: bool = False
+    """train on final latents that are noised anew, each pulled towards its own image or pushed away from it, instead of on
+    trajectories and the difference of a pair; needs pairs of independent starts (docs/gap.md)"""
     batch_size: Annotated[Count | None, FREE] = None
     """samples per micro-batch in training; derived from --max-batch-size if left out"""
     steps_per_trajectory: Count | None = None

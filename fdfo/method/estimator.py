@@ -28,6 +28,17 @@ def surrogate_loss(
     return loss, rho
 
 
+def own_direction(x: torch.Tensor, v_ref: torch.Tensor, sigma: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+    """Return the direction from the image that v_ref expects of a noised latent to the image itself, at size 1 (docs/method.md 4).
+
+    x, v_ref, final [N, C, H, W]; sigma [N] -> [N, C, H, W] with mean square 1, in float32 or better; 0 where the two are equal.
+    """
+    dtype = torch.promote_types(final.dtype, torch.float32)
+    expected = x.to(dtype) - sigma.to(dtype)[:, None, None, None] * v_ref.to(dtype)
+    away = final.to(dtype) - expected  # [N, C, H, W]
+    return away / away.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6)
+
+
 def choose_samples(draws: torch.Tensor, steps: int, both: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose the (branch, step) samples of each pair to train on, with their weights (docs/method.md 4, subsets).
 

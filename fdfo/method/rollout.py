@@ -9,7 +9,7 @@ import torch
 from fdfo.config.plan import BatchPlan, plan_churn, plan_subset
 from fdfo.config.train_options import TrainConfig
 from fdfo.method.estimator import choose_samples, pair_deviation
-from fdfo.method.sampling import churn_weights, interval_gammas, prior_gammas, raw_gammas, sample_pairs
+from fdfo.method.sampling import churn_weights, interval_gammas, noised, prior_gammas, raw_gammas, sample_pairs
 from fdfo.model.acceleration import fetch
 from fdfo.model.flow_model import FlowModel
 from fdfo.model.images import finite_rows
@@ -18,7 +18,8 @@ from fdfo.model.text import TextEmbeddings
 from rewards.scorer import WeightedReward
 
 START, SCHEDULE, FIRST_CHURN = 0, 1, 2  # streams of a pair's draws; solver step i uses FIRST_CHURN + i
-SUBSET = 2**31  # above all of them
+NOISED_ANEW = 2**30  # above all of them; image b of a pair at solver step i uses NOISED_ANEW + 2 i + b
+SUBSET = 2**31
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def sample_batch(model: FlowModel, config: TrainConfig, rollout: Rollout, batch:
     sigmas = model.sigmas(config.sample.num_solver_steps, config.sample.resolution)
     shape, rows = rollout.final.shape[1:], slice(2 * batch.start, 2 * batch.stop)
     index = torch.arange(batch.start, batch.stop, device=model.device).repeat_interleave(2)
-    kept = KeptSamples(rollout, batch)
+    forward, kept = config.train.forward_process, KeptSamples(rollout, batch)
 
     def noise(step: int) -> torch.Tensor:
         draws = [standard_normal((2, *shape), seed, epoch, pair, FIRST_CHURN + step) for pair in pairs]
@@ -147,8 +148,31 @@ def sample_batch(model: FlowModel, config: TrainConfig, rollout: Rollout, batch:
     velocity = model.velocity_at(share.text.rows(index), share.empty, config.sample.guidance_scale)
     x_init = torch.stack([standard_normal(shape, seed, epoch, pair, START) for pair in pairs]).to(model.device)
     gammas = pair_gammas(config, sigmas, epoch, pairs)
-    rollout.final[rows] = sample_pairs(velocity, x_init, sigmas, gammas, noise, kept.keep)
-    kept.store()
+    keep = (lambda step, x, v: None) if forward else kept.keep
+    rollout.final[rows] = sample_pairs(velocity, x_init, sigmas, gammas, noise, keep)
+    if forward:
+        noise_anew(model, config, rollout, batch)
+    else:
+        kept.store()
+
+
+def noise_anew(model: FlowModel, config: TrainConfig, rollout: Rollout, batch: range) -> None:
+    """Put the batch's final latents into the rollout, noised to the levels of its samples, with the network's v (docs/method.md 4)."""
+    share, samples, shape = rollout.share, rollout.samples, rollout.final.shape[1:]
+    sigmas, each = model.sigmas(config.sample.num_solver_steps, config.sample.resolution), len(samples.step) // len(share.pairs)
+
+    def noise(row: int, step: int) -> torch.Tensor:
+        stream = NOISED_ANEW + 2 * step + row % 2
+        return standard_normal(shape, config.seed, share.epoch, share.pairs[row // 2], stream)  # [C, H, W]
+
+    for part in torch.arange(each * batch.start, each * batch.stop).split(2 * len(batch)):
+        row, step = samples.trajectory[part], samples.step[part]  # [n]
+        draws = fetch(torch.stack(list(map(noise, row.tolist(), step.tolist()))), model.device)  # [n, C, H, W]
+        row, sigma = row.to(model.device), sigmas[step].to(model.device)
+        x = noised(rollout.final[row], sigma, draws).to(rollout.xs.dtype)
+        v = model.velocity(x, sigma, share.text.rows(row // 2), share.empty, config.sample.guidance_scale)
+        for kept, values in ((rollout.xs, x), (rollout.velocities, v)):
+            kept[part.to(kept.device)] = values.to(kept)
 
 
 class KeptSamples:

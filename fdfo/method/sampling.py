@@ -87,6 +87,12 @@ def sample_pairs(
     return x
 
 
+def noised(x0: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Noise clean latents to some levels (docs/method.md 1): x0, noise [N, C, H, W], sigma [N] in [0, 1] -> [N, C, H, W]."""
+    sigma = sigma[:, None, None, None]  # [N, 1, 1, 1]
+    return (1 - sigma) * x0 + sigma * noise
+
+
 def sample_flow(velocity: Callable[[torch.Tensor, float], torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     """Sample the flow without churn (docs/method.md 1): Euler steps from noise x [N, C, H, W] down the grid sigmas [T + 1] -> [N, C, H, W].
 

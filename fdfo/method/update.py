@@ -15,7 +15,7 @@ from fdfo.config.plan import BatchPlan
 from fdfo.config.train_options import TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.evaluation.health import StepStats
-from fdfo.method.estimator import surrogate_loss
+from fdfo.method.estimator import own_direction, surrogate_loss
 from fdfo.method.learner import Learner
 from fdfo.method.rollout import Differences, Rollout
 from fdfo.model.flow_model import FlowModel
@@ -143,8 +143,16 @@ def micro_batch_loss(data: EpochData, sigmas: torch.Tensor, batch: torch.Tensor)
         with torch.no_grad(), model.base():
             v_base = model.velocity(x, sigmas[step], *given)
     v = model.velocity(x, sigmas[step], *given)
-    loss, ratio = surrogate_loss(v, v_ref, differences.dx[row], differences.dR[row], config.train.clip_range)
+    if config.train.forward_process:
+        dx = own_direction(x, v_ref, sigmas[step], rollout.final[row])
+    else:
+        dx = differences.dx[row]
+    loss, ratio = surrogate_loss(v, v_ref, dx, differences.dR[row], config.train.clip_range)
+    if config.train.forward_process:
+        loss = sigmas[step] * loss
     kept = ~differences.dropped[row]
+    if config.train.proximal_weight > 0:
+        loss = loss + config.train.proximal_weight * kept * (v.float() - v_ref.float()).square().mean((1, 2, 3))
     if config.train.kl_weight > 0:
         distance = (v.float() - v_base.float()).square().mean((1, 2, 3))
         loss = loss + config.train.kl_weight * kept * distance
