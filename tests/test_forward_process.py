@@ -80,10 +80,3 @@ def test_the_proximal_term_pulls_back_to_the_velocity_that_sampled(job: Job, tmp
     data.differences.dR.zero_()
     losses = [optimizer_step(job, run.learner, data, samples).loss for samples in step_samples(run.plan, config, 0, range(6)) * 3]
     assert losses[0] > 0 and losses[-1] < 0.7 * losses[0]
-
-
-def test_twins_are_refused(run_cli, tmp_path: Path):
-    code, _, err = run_cli("train", "--preset", "tiny", "--runs-dir", tmp_path, "--train.forward-process")
-    assert (
-        code == 2 and "give --churn.schedule prior --churn.weight 8 --churn.weight-sd 0" in err and not list(tmp_path.iterdir())
-    )

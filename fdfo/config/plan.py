@@ -83,10 +83,7 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
 
 
 def plan_subset(config: TrainConfig) -> SubsetPlan:
-    """Plan which samples of a pair are trained on.
-
-    Raises UserError for more steps than there are, for branches that never part, and for twins that are noised anew.
-    """
+    """Plan which samples of a pair are trained on. Raises UserError for more steps than there are, and for branches that never part."""
     T, steps, branches = config.sample.num_solver_steps, config.train.steps_per_trajectory, config.train.branches
     if steps is not None and steps > T:
         raise UserError(
@@ -94,11 +91,6 @@ def plan_subset(config: TrainConfig) -> SubsetPlan:
             "--sample.num-solver-steps."
         )
     weight = plan_churn(config.churn)["weight"]
-    if config.train.forward_process and config.churn.schedule != "prior":
-        raise UserError(
-            "--train.forward-process compares two independent images, and breaks down with twins: give "
-            "--churn.schedule prior --churn.weight 8 --churn.weight-sd 0, or leave it out."
-        )
     if branches == "one" and weight < LEAST_CHURN:
         raise UserError(
             f"--train.branches one needs branches that part, which --churn.weight {weight:g} is too small for: give more, as the "

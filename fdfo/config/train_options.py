@@ -49,7 +49,7 @@ class OptimConfig(Options):
     """weight of the squared distance to the velocity that sampled; 0, as published, means none (docs/gap.md)"""
     forward_process: bool = False
     """train on final latents that are noised anew, each pulled towards its own image or pushed away from it, instead of on
-    trajectories and the difference of a pair; needs pairs of independent starts (docs/gap.md)"""
+    trajectories and the difference of a pair; best with pairs of independent starts and a proximal weight (docs/gap.md)"""
     batch_size: Annotated[Count | None, FREE] = None
     """samples per micro-batch in training; derived from --max-batch-size if left out"""
     steps_per_trajectory: Count | None = None
