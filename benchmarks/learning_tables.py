@@ -22,7 +22,7 @@ class Cost:
     """What an epoch takes."""
 
     rewards: int  # images that are scored
-    forwards: int  # of the network, in sampling
+    forwards: int  # of the network, in sampling and for v_ref at latents noised anew
     trained: int  # samples of the update, each a forward and a backward
 
     @property
@@ -34,7 +34,9 @@ class Cost:
 def cost_of_epoch(config: TrainConfig) -> Cost:
     """Return what an epoch of these settings takes."""
     images, each = 2 * config.total_pairs_per_epoch, 1 if config.sample.guidance_scale == 1 else 2
-    return Cost(images, each * images * config.sample.num_solver_steps, each * plan_batches(config, 1).samples)
+    samples = plan_batches(config, 1).samples
+    forwards = images * config.sample.num_solver_steps + (samples if config.train.forward_process else 0)
+    return Cost(images, each * forwards, each * samples)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fdfo.method.rollout import PairShare, sample_share
 from fdfo.method.sampling import noised
 from fdfo.method.trainer import train
 from fdfo.method.update import optimizer_step, step_samples
+from fdfo.model.flow_model import FlowModel
 
 INDEPENDENT = ChurnConfig("prior", weight=8, weight_sd=0)
 SAMPLE = SampleConfig(num_solver_steps=4, resolution=64, guidance_scale=2.0)
@@ -69,6 +70,23 @@ def test_it_trains_with_other_options_and_in_host_memory(job: Job, tmp_path: Pat
     assert comparable(plain.folder) == comparable(host.folder)
     steps = log_of(plain.folder, "step")
     assert all(step["applied"] and step["grad_norm"] > 0 for step in steps) and steps[0]["ratio_first"] == 1.0
+
+
+def test_an_overflow_at_a_noised_latent_drops_the_pair_alone(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = forward(tmp_path, changes={}, sample=SampleConfig(num_solver_steps=4, resolution=64))
+    velocity, calls = FlowModel.velocity, []
+
+    def overflowing(model: FlowModel, *given) -> torch.Tensor:
+        v = velocity(model, *given)
+        calls.append(len(v))
+        if len(calls) == 5:  # the first after the four steps of all images: the trained samples of the first three
+            v[4] = torch.inf
+        return v
+
+    monkeypatch.setattr(FlowModel, "velocity", overflowing)
+    run, data = first_rollout(job, config)
+    assert calls == [12] * 8 and data.differences.dropped.tolist() == [True, True] + [False] * 10
+    assert optimizer_step(job, run.learner, data, step_samples(run.plan, config, 0, range(6))[0]).applied
 
 
 def test_the_proximal_term_pulls_back_to_the_velocity_that_sampled(job: Job, tmp_path: Path):

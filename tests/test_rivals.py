@@ -34,7 +34,7 @@ from flow_grpo import (  # noqa: E402
     sde_step,
     velocity_weights,
 )
-from learning_tables import Cost, LearningRun  # noqa: E402
+from learning_tables import Cost, LearningRun, cost_of_epoch  # noqa: E402
 from loop import learning_rate, train_rival  # noqa: E402
 from variant_math import best_and_worst, deviation, gain_probabilities, noise_weights  # noqa: E402
 
@@ -245,6 +245,7 @@ def test_a_variant_is_train_py(trained: Run, job: Job, tmp_path: Path, changes: 
     run = train_rival(job, options, FdfoVariant)
     lines, wanted = ([line for line in read_log(one.folder / LOG)[0] if line["kind"] != "start"] for one in (run, trained))
     assert [(line["kind"], line["epoch"]) for line in lines] == [(line["kind"], line["epoch"]) for line in wanted]
+    assert all(Cost(**line["cost"]) == cost_of_epoch(trained.config) for line in lines if line["kind"] == "epoch")
     for line, other in zip(lines, wanted, strict=True):
         for name in {"reward_mean", "reward_std", "loss", "clipfrac", "ratio_mean", "grad_norm", "means"} & set(other):
             if name in line:

@@ -76,6 +76,15 @@ def test_prior_schedule():
     assert gammas.shape == (2, 6) and (gammas[:, 1:] == 0).all()
 
 
+def test_much_churn_leaves_the_new_noise():
+    x, noise = normal(2, 4, 8, 8, seed=1).float(), normal(2, 4, 8, 8, seed=2).float()
+    weights = torch.tensor([100.0, 1e6]).double()
+    start = churn_step(x, torch.zeros_like(x), 1.0, 1.0, prior_gammas(SIGMAS, weights)[:, 0], noise)
+    torch.testing.assert_close(start, noise, rtol=0, atol=1e-5)
+    gammas = interval_gammas(SIGMAS, torch.zeros(2).double(), weights, 0.25)
+    assert churn_step(x, x, 0.7, 0.4, gammas[:, 3], noise).isfinite().all()
+
+
 def test_branches_part_through_churn_alone():
     calls, xs, velocities = [], [], []
 

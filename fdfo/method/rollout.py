@@ -171,6 +171,7 @@ def noise_anew(model: FlowModel, config: TrainConfig, rollout: Rollout, batch: r
         row, sigma = row.to(model.device), sigmas[step].to(model.device)
         x = noised(rollout.final[row], sigma, draws).to(rollout.xs.dtype)
         v = model.velocity(x, sigma, share.text.rows(row // 2), share.empty, config.sample.guidance_scale)
+        rollout.final[row[~finite_rows(v)]] = torch.nan  # drops the pair, as an overflow on the way to the image does
         for kept, values in ((rollout.xs, x), (rollout.velocities, v)):
             kept[part.to(kept.device)] = values.to(kept)
 

@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+# Of log(1 + gamma). A branch keeps exp(-16) of what it shared, float32's last digit. Above 16.6, 1 + gamma is gamma in float32.
+MOST_CHURN = 16.0
+
 
 def churn_step(
     x: torch.Tensor, v: torch.Tensor, sigma: float, sigma_next: float, gamma: torch.Tensor, noise: torch.Tensor
@@ -33,6 +36,11 @@ def churn_weights(weight_normal: torch.Tensor, weight: float, weight_sd: float) 
     return weight * (weight_sd * weight_normal.double()).exp()
 
 
+def churn_amount(exponents: torch.Tensor) -> torch.Tensor:
+    """Return gamma = exp(w) - 1 (docs/method.md 2), for w of any shape, at most MOST_CHURN of it."""
+    return exponents.clamp(max=MOST_CHURN).expm1()
+
+
 def interval_gammas(sigmas: torch.Tensor, centres: torch.Tensor, weights: torch.Tensor, soft_sd: float) -> torch.Tensor:
     """Return churn around one noise level per pair, spread as a logit-normal density (docs/method.md 2, interval).
 
@@ -46,13 +54,13 @@ def interval_gammas(sigmas: torch.Tensor, centres: torch.Tensor, weights: torch.
     density = torch.where(inside, density, torch.zeros_like(density))
     total = density.sum(dim=1, keepdim=True)  # [P, 1]
     p = torch.where(total > 1e-6, density / total.clamp(min=1e-6), torch.full_like(density, 1 / len(grid)))
-    return _with_landing(torch.expm1(weights[:, None] * p), sigmas)
+    return _with_landing(churn_amount(weights[:, None] * p), sigmas)
 
 
 def prior_gammas(sigmas: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return all churn in the starting noise (docs/method.md 2, prior): sigmas [T + 1], weights [P] of churn_weights -> [P, T + 1]."""
     gammas = weights.new_zeros(len(weights), len(sigmas) - 1)  # [P, T]
-    gammas[:, 0] = torch.expm1(weights)
+    gammas[:, 0] = churn_amount(weights)
     return _with_landing(gammas, sigmas)
 
 
