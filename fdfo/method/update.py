@@ -144,12 +144,11 @@ def micro_batch_loss(data: EpochData, sigmas: torch.Tensor, batch: torch.Tensor)
             v_base = model.velocity(x, sigmas[step], *given)
     v = model.velocity(x, sigmas[step], *given)
     if config.train.forward_process:
-        dx = own_direction(x, v_ref, sigmas[step], rollout.final[row])
+        direction, share = own_direction(x, v_ref, sigmas[step], rollout.final[row]), sigmas[step]
     else:
-        dx = differences.dx[row]
-    loss, ratio = surrogate_loss(v, v_ref, dx, differences.dR[row], config.train.clip_range)
-    if config.train.forward_process:
-        loss = sigmas[step] * loss
+        direction, share = differences.dx[row], 1
+    surrogate, ratio = surrogate_loss(v, v_ref, direction, differences.dR[row], config.train.clip_range)
+    loss = share * surrogate
     kept = ~differences.dropped[row]
     if config.train.proximal_weight > 0:
         loss = loss + config.train.proximal_weight * kept * (v.float() - v_ref.float()).square().mean((1, 2, 3))
