@@ -174,7 +174,8 @@ def test_the_card_of_stable_diffusion():
     assert data["license_name"] == "stabilityai-ai-community" and data["license_link"].endswith("LICENSE.md")
     assert data["tags"] == ["lora", "text-to-image", "fdfo"]
     for part in ("1 pickscore + 0.1 vlm_alignment", "100 epochs of 432 pairs", "guidance_scale=4.5", 'load_lora_weights("FOLDER", weight_name="pytorch_lora',
-                 "torch.bfloat16", "height=512", "| learning rate, clip range, KL weight | 3e-05, 0.03, 0.0 |", "Powered by Stability AI", "hf upload OWNER/NAME FOLDER",
+                 "torch.bfloat16", "height=512", "| learning rate, clip range, KL weight, proximal weight | 3e-05, 0.03, 0.0, 0.0 |",
+                 "| trained on | trajectories |", "Powered by Stability AI", "hf upload OWNER/NAME FOLDER",
                  f"torch {version('torch')}", "| prompts.txt |"):  # fmt: skip
         assert part in text
     assert "/home/me" not in text
