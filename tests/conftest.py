@@ -22,6 +22,11 @@ from fdfo.model.flow_model import FlowModel  # noqa: E402
 CPU = torch.device("cpu")
 
 
+def normals(*shape: int) -> torch.Tensor:
+    """Draw standard normal float64 from the shape alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -1,14 +1,15 @@
-"""Training on final latents noised anew, and the proximal term (docs/method.md 4)."""
+"""Training on final latents noised anew (docs/method.md 4)."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import normals
 from test_training import comparable, first_rollout, log_of, small
 
 from fdfo.config.presets import PRESETS
-from fdfo.config.train_options import ChurnConfig, OptimConfig, SampleConfig, TrainConfig
+from fdfo.config.train_options import ChurnConfig, SampleConfig, TrainConfig
 from fdfo.distributed.job import Job
 from fdfo.method.estimator import own_direction
 from fdfo.method.rollout import PairShare, sample_share
@@ -21,15 +22,9 @@ INDEPENDENT = ChurnConfig("prior", weight=8, weight_sd=0)
 SAMPLE = SampleConfig(num_solver_steps=4, resolution=64, guidance_scale=2.0)
 
 
-def forward(
-    folder: Path, *, sample: SampleConfig = SAMPLE, churn: ChurnConfig = INDEPENDENT, changes: dict, **others
-) -> TrainConfig:
+def forward(folder: Path, *, changes: dict, **others) -> TrainConfig:
     optim = dataclasses.replace(PRESETS["tiny"].train, forward_process=True, **changes)
-    return small(folder, sample=sample, churn=churn, train=optim, **others)
-
-
-def normals(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+    return small(folder, **({"sample": SAMPLE} | others), churn=INDEPENDENT, train=optim)
 
 
 def test_the_direction_points_to_the_image_that_came():
@@ -87,14 +82,3 @@ def test_an_overflow_at_a_noised_latent_drops_the_pair_alone(job: Job, tmp_path:
     run, data = first_rollout(job, config)
     assert calls == [12] * 8 and data.differences.dropped.tolist() == [True, True] + [False] * 10
     assert optimizer_step(job, run.learner, data, step_samples(run.plan, config, 0, range(6))[0]).applied
-
-
-def test_the_proximal_term_pulls_back_to_the_velocity_that_sampled(job: Job, tmp_path: Path):
-    config = small(tmp_path, train=OptimConfig(learning_rate=1e-3, proximal_weight=1.0))
-    run, data = first_rollout(job, config)
-    with torch.no_grad():
-        for _, parameter in run.model.named_trainable():
-            parameter.add_(0.01)
-    data.differences.dR.zero_()
-    losses = [optimizer_step(job, run.learner, data, samples).loss for samples in step_samples(run.plan, config, 0, range(6)) * 3]
-    assert losses[0] > 0 and losses[-1] < 0.7 * losses[0]

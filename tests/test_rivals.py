@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT
+from conftest import CPU, ROOT, normals
 
 from fdfo.config.command_line import parse
 from fdfo.config.errors import UserError
@@ -40,10 +40,6 @@ from variant_math import best_and_worst, deviation, gain_probabilities, noise_we
 
 GRID = torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0])
 SMALL = {"num_epochs": 2, "images": 16, "eval_every": 1, "eval_prompts": 8}
-
-
-def normals(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

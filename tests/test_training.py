@@ -205,9 +205,10 @@ def test_options_train(job: Job, tmp_path: Path, changes: dict):
     assert all(step["applied"] for step in log_of(run.folder, "step"))
 
 
-def test_kl_term_pulls_back_to_the_base(job: Job, tmp_path: Path):
+@pytest.mark.parametrize("term", ["kl_weight", "proximal_weight"])
+def test_a_term_pulls_back_to_the_velocity_of_the_base_or_of_the_sampling(job: Job, tmp_path: Path, term: str):
     """With the term alone (no reward difference left), a displaced adapter gets a gradient that lowers the distance."""
-    config = small(tmp_path, train=OptimConfig(learning_rate=1e-3, kl_weight=1.0))
+    config = small(tmp_path, train=OptimConfig(learning_rate=1e-3, **{term: 1.0}))
     run, data = first_rollout(job, config)
     with torch.no_grad():
         for _, parameter in run.model.named_trainable():

@@ -33,7 +33,7 @@ from fdfo.config.options import Count, NotNegative, Positive
 from fdfo.distributed.launch import run_command_line
 from fdfo.method.prepare import Run
 from fdfo.method.rollout import FIRST_CHURN, START, SUBSET
-from fdfo.method.sampling import sample_flow
+from fdfo.method.sampling import noised, sample_flow
 
 DIMS = (1, 2, 3)
 
@@ -117,8 +117,8 @@ class DiffusionNft(Rival):
         K, model, epoch = self.options.noise_levels, self.run.model, self.images.epoch
         t = torch.stack([self.draw_levels(epoch, row) for row in rows.tolist()]).flatten().to(model.device)
         noise = torch.stack([image_noise(self.run, epoch, rows, FIRST_CHURN + k) for k in range(K)], dim=1).flatten(0, 1)
-        x0, share = x0.repeat_interleave(K, dim=0), t[:, None, None, None]
-        x, text = (1 - share) * x0 + share * noise, self.images.text(rows.repeat_interleave(K))
+        x0 = x0.repeat_interleave(K, dim=0)
+        x, text = noised(x0, t, noise), self.images.text(rows.repeat_interleave(K))
         parts = torch.arange(len(t), device=t.device).split(self.run.config.max_batch_size)
         v_old = torch.cat([model.velocity(x[part], t[part], text.rows(part), None, 1.0) for part in parts])
         return t, x, noise - x0, v_old

@@ -41,6 +41,7 @@ from fdfo.method.estimator import own_direction, surrogate_loss
 from fdfo.method.prepare import Run
 from fdfo.method.rollout import FIRST_CHURN, NOISED_ANEW, START, standard_normal
 from fdfo.method.sampling import noised, prior_gammas, raw_gammas, sample_pairs
+from fdfo.method.update import squared_distance
 
 GAIN = 0x6A  # stream of the draw of prompts
 
@@ -135,13 +136,13 @@ class FdfoVariant(Rival):
                 steps = []
                 final.append(self.sample_rows(rows, lambda _, x, v, steps=steps: steps.append(torch.stack([x, v]))))
                 if self.options.states == "fresh":
-                    steps = self.noised(rows, final[-1])
+                    steps = self.noise_anew(rows, final[-1])
                 kept.append(torch.stack(steps, dim=2).flatten(1, 2))  # [2, n T, C, H, W]
         self.x, self.v_ref = torch.cat(kept, dim=1)  # [N T, C, H, W] each
         self.final = torch.cat(final)
         return self.final
 
-    def noised(self, rows: torch.Tensor, final: torch.Tensor) -> list[torch.Tensor]:
+    def noise_anew(self, rows: torch.Tensor, final: torch.Tensor) -> list[torch.Tensor]:
         """Noise final latents [n, C, H, W] to each level of the grid -> latents and the network's v, [2, n, C, H, W] for each."""
         velocity, steps = self.run.model.velocity_at(self.images.text(rows), None, 1.0), []
         shape, K, epoch = final.shape[1:], self.options.group, self.images.epoch
@@ -194,14 +195,14 @@ class FdfoVariant(Rival):
         x, v_ref = (stored[row * self.T + step] for stored in (self.x, self.v_ref))
         sigma = self.grid.to(model.device)[step]
         v = model.velocity(x, sigma, self.images.text(row), None, 1.0)
-        loss, ratio = surrogate_loss(v, v_ref, self.dx[place], self.dR[place], options.clip_range)
-        loss = options.twin * loss
+        twin, ratio = surrogate_loss(v, v_ref, self.dx[place], self.dR[place], options.clip_range)
+        loss = options.twin * twin
         if options.residual > 0:
             d = own_direction(x, v_ref, sigma, self.final[row])
             added, ratio = surrogate_loss(v, v_ref, d, self.dR_prompt[place], options.clip_range)
             loss = loss + options.residual * sigma * added
         if options.proximal > 0:
-            loss = loss + options.proximal * (v - v_ref).square().mean((1, 2, 3))
+            loss = loss + options.proximal * squared_distance(v, v_ref)
         return self.weights[step] * loss, {"ratio_mean": ratio, "clipfrac": (ratio - 1).abs() > options.clip_range}
 
     def finish(self, epochs: int) -> None:

@@ -153,7 +153,7 @@ def plot(path: Path, rows: list[Row]) -> None:
 def main(config: PageConfig) -> None:
     tuning, final = (config.logs / part for part in ("tuning", "final"))
     rows, finals = all_rows(tuning), all_rows(final)
-    run = {row.name for part in (tuning, final) for row in read_rows(part, VARIANTS)} - {"defaults"}
+    run = {row.name for row in rows + finals if SETTINGS[VARIANTS].get(row.name) == row.flags} - {"defaults"}
     if not run:
         raise UserError(f"{config.logs} has no run of {VARIANTS}: run tune.py --methods {VARIANTS} first.")
     first = rows[0].runs[0]

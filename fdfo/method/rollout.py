@@ -58,6 +58,11 @@ class Rollout:
     velocities: torch.Tensor  # [S, C, H, W], of the samples
     final: torch.Tensor  # [2P, C, H, W]
 
+    def places(self, batch: range) -> slice:
+        """Return where the samples of some pairs lie. batch: numbers of the pairs on this rank."""
+        each = len(self.samples.step) // len(self.share.pairs)
+        return slice(each * batch.start, each * batch.stop)
+
     def latents(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return latent and velocity of some of the samples: batch [N] -> [N, C, H, W] each, on the training device."""
         batch = batch.to(self.xs.device)
@@ -159,13 +164,13 @@ def sample_batch(model: FlowModel, config: TrainConfig, rollout: Rollout, batch:
 def noise_anew(model: FlowModel, config: TrainConfig, rollout: Rollout, batch: range) -> None:
     """Put the batch's final latents into the rollout, noised to the levels of its samples, with the network's v (docs/method.md 4)."""
     share, samples, shape = rollout.share, rollout.samples, rollout.final.shape[1:]
-    sigmas, each = model.sigmas(config.sample.num_solver_steps, config.sample.resolution), len(samples.step) // len(share.pairs)
+    sigmas, own = model.sigmas(config.sample.num_solver_steps, config.sample.resolution), rollout.places(batch)
 
     def noise(row: int, step: int) -> torch.Tensor:
         stream = NOISED_ANEW + 2 * step + row % 2
         return standard_normal(shape, config.seed, share.epoch, share.pairs[row // 2], stream)  # [C, H, W]
 
-    for part in torch.arange(each * batch.start, each * batch.stop).split(2 * len(batch)):
+    for part in torch.arange(own.start, own.stop).split(2 * len(batch)):
         row, step = samples.trajectory[part], samples.step[part]  # [n]
         draws = fetch(torch.stack(list(map(noise, row.tolist(), step.tolist()))), model.device)  # [n, C, H, W]
         row, sigma = row.to(model.device), sigmas[step].to(model.device)
@@ -181,8 +186,7 @@ class KeptSamples:
 
     def __init__(self, rollout: Rollout, batch: range):
         """batch: numbers of pairs on this rank."""
-        samples, each = rollout.samples, len(rollout.samples.step) // len(rollout.share.pairs)
-        self.rollout, self.own = rollout, slice(each * batch.start, each * batch.stop)
+        self.rollout, self.own, samples = rollout, rollout.places(batch), rollout.samples
         step, self.order = samples.step[self.own].sort(stable=True)
         rows = samples.trajectory[self.own][self.order] - 2 * batch.start
         counts = step.bincount(minlength=int(step.max()) + 1).tolist()

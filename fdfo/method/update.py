@@ -151,11 +151,15 @@ def micro_batch_loss(data: EpochData, sigmas: torch.Tensor, batch: torch.Tensor)
     loss = share * surrogate
     kept = ~differences.dropped[row]
     if config.train.proximal_weight > 0:
-        loss = loss + config.train.proximal_weight * kept * (v.float() - v_ref.float()).square().mean((1, 2, 3))
+        loss = loss + config.train.proximal_weight * kept * squared_distance(v, v_ref)
     if config.train.kl_weight > 0:
-        distance = (v.float() - v_base.float()).square().mean((1, 2, 3))
-        loss = loss + config.train.kl_weight * kept * distance
+        loss = loss + config.train.kl_weight * kept * squared_distance(v, v_base)
     return weight * loss, torch.where(kept, ratio.detach(), torch.ones_like(ratio))
+
+
+def squared_distance(v: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the mean square of the difference of two velocities, in float32: [N, C, H, W] each -> [N]."""
+    return (v.float() - other.float()).square().mean((1, 2, 3))
 
 
 def add_finite(sums: torch.Tensor, values: torch.Tensor) -> bool:
