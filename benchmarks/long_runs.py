@@ -26,7 +26,7 @@ from fdfo.distributed.launch import run_command_line  # noqa: E402
 from fdfo.evaluation.best_checkpoint import quality  # noqa: E402
 from fdfo.evaluation.statistics import evaluation_of  # noqa: E402
 
-EPOCHS = (0, 50, 100, 200, 300, 500, 700, 1000)  # of the tables
+EPOCHS = (0, 50, 100, 200, 300, 500, 700, 900)  # of the tables, which end with a run's last evaluation
 MEAN_OF = 10  # epochs of a training reward
 SCORES = ("scene", "scene_clip", "pixel_diversity")
 INTRODUCTION = """\
@@ -63,7 +63,8 @@ def training_reward(run: LearningRun, epoch: int) -> float:
 
 def score_table(run: LearningRun) -> list[str]:
     """Show a run's scores by epoch."""
-    epochs = [epoch for epoch in EPOCHS if epoch in run.curve()]
+    curve = run.curve()
+    epochs = sorted({epoch for epoch in EPOCHS if epoch in curve} | {max(curve)})
     rows = [["training reward", *(shown([training_reward(run, epoch)], ".1f") for epoch in epochs)]]
     rows += [[name, *(shown([run.means(name)[epoch]], ".1f") for epoch in epochs)] for name in SCORES]
     return table([f"{run.setting}, seed {run.seed}", *(f"epoch {epoch}" for epoch in epochs)], rows)

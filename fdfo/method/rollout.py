@@ -144,7 +144,7 @@ def sample_batch(model: FlowModel, config: TrainConfig, rollout: Rollout, batch:
     sigmas = model.sigmas(config.sample.num_solver_steps, config.sample.resolution)
     shape, rows = rollout.final.shape[1:], slice(2 * batch.start, 2 * batch.stop)
     index = torch.arange(batch.start, batch.stop, device=model.device).repeat_interleave(2)
-    forward, kept = config.train.forward_process, KeptSamples(rollout, batch)
+    kept = None if config.train.forward_process else KeptSamples(rollout, batch)
 
     def noise(step: int) -> torch.Tensor:
         draws = [standard_normal((2, *shape), seed, epoch, pair, FIRST_CHURN + step) for pair in pairs]
@@ -153,9 +153,9 @@ def sample_batch(model: FlowModel, config: TrainConfig, rollout: Rollout, batch:
     velocity = model.velocity_at(share.text.rows(index), share.empty, config.sample.guidance_scale)
     x_init = torch.stack([standard_normal(shape, seed, epoch, pair, START) for pair in pairs]).to(model.device)
     gammas = pair_gammas(config, sigmas, epoch, pairs)
-    keep = (lambda step, x, v: None) if forward else kept.keep
+    keep = (lambda step, x, v: None) if kept is None else kept.keep
     rollout.final[rows] = sample_pairs(velocity, x_init, sigmas, gammas, noise, keep)
-    if forward:
+    if kept is None:
         noise_anew(model, config, rollout, batch)
     else:
         kept.store()
