@@ -10,7 +10,7 @@ from pages import shown, table
 
 from fdfo.config.plan import plan_batches
 from fdfo.config.train_options import TrainConfig
-from fdfo.evaluation.best_checkpoint import change
+from fdfo.evaluation.best_checkpoint import change, quality
 from fdfo.evaluation.statistics import Change, evaluation_of
 
 TRAINED_SAMPLE = 2.2  # cost of a sample of the update at full size, in forwards of sampling
@@ -66,6 +66,12 @@ class LearningRun:
     def means(self, name: str) -> dict[int, float]:
         """Return a held-out mean by epoch, as the log has it."""
         return {line["epoch"]: line["means"][name] for line in self.of("eval")}
+
+    def rise(self, epoch: int) -> float:
+        """Return what checkpoints/best goes by: the mean rise of the metrics not trained on, in spreads; NaN if there was no evaluation."""
+        start, *_ = lines = self.of("eval")
+        found = [quality(evaluation_of(start), evaluation_of(line), line["held_out"]) for line in lines if line["epoch"] == epoch]
+        return found[0] if found else math.nan
 
     def seconds(self) -> list[float]:
         """Return the seconds of each epoch."""

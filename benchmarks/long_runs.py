@@ -23,8 +23,6 @@ from run_logs import END, read_run  # noqa: E402
 
 from fdfo.config.errors import UserError  # noqa: E402
 from fdfo.distributed.launch import run_command_line  # noqa: E402
-from fdfo.evaluation.best_checkpoint import quality  # noqa: E402
-from fdfo.evaluation.statistics import evaluation_of  # noqa: E402
 
 EPOCHS = (0, 50, 100, 200, 300, 500, 700, 900)  # of the tables, which end with a run's last evaluation
 MEAN_OF = 10  # epochs of a training reward
@@ -77,9 +75,8 @@ def best_line(run: LearningRun) -> str:
     if last["best"] is None:
         return "- checkpoints/best: none, no checkpoint is better than the start by the held-out metrics."
     chosen = evaluations[last["best"]]
-    rise = quality(evaluation_of(run.of("eval")[0]), evaluation_of(chosen), last["held_out"])
     scores = ", ".join(f"{name} {chosen['means'][name]:.1f} (last {last['means'][name]:.1f})" for name in SCORES)
-    return f"- checkpoints/best: epoch {chosen['epoch']}, with a mean rise of {rise:.2f} spreads; {scores}."
+    return f"- checkpoints/best: epoch {chosen['epoch']}, with a mean rise of {run.rise(chosen['epoch']):.2f} spreads; {scores}."
 
 
 def warning_lines(run: LearningRun) -> list[str]:

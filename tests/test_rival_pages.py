@@ -31,16 +31,17 @@ from run_logs import END, gpu_of  # noqa: E402
 
 
 def fake_run(folder: Path, epochs: int, scene: float, seed: int) -> None:
-    """A run's kept log, whose scores rise to `scene`."""
+    """A run's kept log, whose scores rise to `scene`; scene_clip rises by 10, with a spread of 1.41 over two captions."""
     folder.mkdir(parents=True)
     config = dataclasses.replace(PRESETS["tiny"], num_epochs=epochs, seed=seed)
     (folder / CONFIG).write_text(to_json(config))
     (folder / END).write_text('{"wall": 1.0, "broke": "", "machine": "a test"}')
     lines = []
     for epoch in range(0, epochs + 1, 10):
-        means = {"scene": 70 + (scene - 70) * epoch / epochs, "scene_clip": 50.0, "pixel_diversity": 18.0}
-        scores = {name: [value] for name, value in means.items()}
-        lines.append({"kind": "eval", "epoch": epoch, "means": means, "scores": scores, "prompts": 1})
+        means = {"scene": 70 + (scene - 70) * epoch / epochs, "scene_clip": 50 + 10 * epoch / epochs, "pixel_diversity": 18.0}
+        scores = {name: [value - 1, value + 1] for name, value in means.items()}
+        numbers = {"means": means, "scores": scores, "held_out": ["scene_clip", "pixel_diversity"]}
+        lines.append({"kind": "eval", "epoch": epoch, "prompts": 2, **numbers})
     (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -110,14 +111,14 @@ def test_the_page_on_variants_sorts_the_settings_and_the_final_takes_those_named
     variants_page.main(variants_page.PageConfig(logs, page))
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:5]] == ["| clip-0.5", "| **defaults**", "| DiffusionNFT, group-16"]
-    assert rows[2].split(" | ")[5:8] == ["94.0", "83.20", "100"] and rows[3].split(" | ")[7] == "-"
+    assert rows[2].split(" | ")[5:10] == ["94.0", "83.20", "100", "0.71", "3.54"] and rows[3].split(" | ")[7] == "-"
     assert rows[7].split(" | ")[6] == "88.0 (87.0, 88.0, 89.0)" and (tmp_path / "gap.png").exists()
 
 
 def test_the_page_on_long_runs(tmp_path: Path):
     kept, warning = tmp_path / "logs" / "defaults-6", "a step's clipfrac is 0.{}: lower --train.learning-rate"
     fake_run(kept, 200, 90.0, 6)
-    lines = [json.loads(line) | {"best": 50, "held_out": ["scene_clip"], "warnings": []} for line in (kept / LOG).open()]
+    lines = [json.loads(line) | {"best": 50, "warnings": []} for line in (kept / LOG).open()]
     for epoch in range(1, 201):
         warnings = [warning.format(epoch)] if epoch in (93, 95) else []
         lines.append(
@@ -127,7 +128,7 @@ def test_the_page_on_long_runs(tmp_path: Path):
     long_runs.main(long_runs.LongConfig(tmp_path / "logs", tmp_path / "long.md"))
     page = (tmp_path / "long.md").read_text()
     assert "| training reward | - | 45.5 | 95.5 | 195.5 |" in page and "| scene | 70.0 | 75.0 | 80.0 | 90.0 |" in page
-    assert "checkpoints/best: epoch 50, with a mean rise of 0.00 spreads; scene 75.0 (last 90.0)" in page
+    assert "checkpoints/best: epoch 50, with a mean rise of 0.88 spreads; scene 75.0 (last 90.0)" in page
     assert "skipped optimizer steps: 100" in page and page.count("- warned") == 1
     assert "- warned after epoch 93, 2 time(s) in all: a step's clipfrac is 0.93" in page
 
