@@ -1,4 +1,4 @@
-"""How far the tiny preset's reward rises, and at what cost: settings side by side, several seeds each, against true renderings.
+"""How far the reward of the preset tiny-published rises, and at what cost: settings side by side, several seeds each, against true renderings.
 
 python benchmarks/learning.py --out docs/learning_4_minutes.md                                  # two CPU cores
 python benchmarks/learning.py --num-epochs 300 --parallel 3 --out docs/learning_300.md          # a GPU
@@ -57,7 +57,7 @@ from rewards.scorers.scene import SceneScorer  # noqa: E402
 
 @dataclass(frozen=True)
 class LearningConfig:
-    """Train the tiny preset with several settings and seeds, and report held-out scores and cost."""
+    """Train tiny-published with several settings and seeds, and report held-out scores and cost."""
 
     out: Path
     """Markdown file for the result; the plot goes beside it"""
@@ -65,7 +65,7 @@ class LearningConfig:
     """what to compare, the first against all others: a name, or NAME=FLAGS of train.py, separated by spaces"""
     seeds: tuple[int, ...] = (6, 7, 8)
     """seeds of the runs"""
-    num_epochs: int = PRESETS["tiny"].num_epochs
+    num_epochs: int = PRESETS["tiny-published"].num_epochs
     """epochs of a run; --num-epochs among the flags of a setting wins"""
     equal_cost: bool = False
     """give each setting as many epochs as cost what --num-epochs of the first setting cost"""
@@ -85,7 +85,7 @@ class LearningConfig:
 
 def references(device: torch.device) -> dict[str, dict[str, float]]:
     """Return held-out scores of the base without and with guidance 3, and of true renderings."""
-    sample = PRESETS["tiny"].sample
+    sample = PRESETS["tiny-published"].sample
     prompts = load_prompts("tiny_heldout")[:DEFAULT_PROMPTS]
     scorers = {"scene": SceneScorer(device), "scene_clip": ClipScorer(*CLIP_MODELS["scene_clip"], device)}
     model = FlowModel("tiny", "fp32", device)
@@ -117,7 +117,7 @@ def run_seed(config: LearningConfig, folder: Path, job: tuple[str, int], deadlin
 
 
 def train_flags(config: LearningConfig, setting: str) -> list[str]:
-    return ["--preset", "tiny", *config.flags.split(), *setting.partition("=")[2].split()]
+    return ["--preset", "tiny-published", *config.flags.split(), *setting.partition("=")[2].split()]
 
 
 def epochs_of(config: LearningConfig, setting: str) -> int:

@@ -40,7 +40,7 @@ class PrecisionConfig:
     """Compare the fast model with float32."""
 
     preset: str = "sd35-medium"
-    """sd35-medium, or tiny for a try"""
+    """sd35-medium, or tiny-published for a try"""
     pairs: int = 4
     """pairs of trajectories"""
     samples: int = 104
@@ -72,7 +72,9 @@ def build(settings: TrainConfig, precision: str, rows: int | None, fast: bool, d
 
 def inputs(model: FlowModel, settings: TrainConfig) -> Rollout:
     """Make trajectories without their velocities: half-precision latents, the same for every model, and text."""
-    prompts = load_prompts("tiny_heldout" if settings.preset == "tiny" else "showcase")[: settings.total_pairs_per_epoch]
+    prompts = load_prompts("tiny_heldout" if settings.pretrained_model == "tiny" else "showcase")[
+        : settings.total_pairs_per_epoch
+    ]
     with model.text_encoders_loaded():
         text = model.encode(prompts)
     sample = settings.sample

@@ -21,7 +21,7 @@ if [ $rehearse = yes ]; then
     OUT=$OUT-rehearsal
     run="torchrun --nproc_per_node=2"
     epochs="2 5 10"
-    training=(--preset tiny --total-pairs-per-epoch 32 --num-epochs 10 --save-freq 1)
+    training=(--preset tiny-published --total-pairs-per-epoch 32 --num-epochs 10 --save-freq 1)
     figures=("tiny_heldout 24 2 scene pixel_diversity" "tiny 32 1 scene_clip")
 else
     run="torchrun --nproc_per_node=${GPUS:-8}"

@@ -45,7 +45,7 @@ SCALE = 2.0**24  # of the loss in float16
 class SubsetGradientConfig:
     """Compare gradients of subsets with that of all samples."""
 
-    preset: Literal["tiny", "sd35-medium"] = "tiny"
+    preset: Literal["tiny-published", "sd35-medium"] = "tiny-published"
     """train.py's preset; sd35-medium with PickScore as its reward"""
     pairs: int = 64
     """pairs of the epoch"""
@@ -65,7 +65,9 @@ def run_config(config: SubsetGradientConfig, folder: Path) -> TrainConfig:
     """Return the options that train.py would get."""
     preset = PRESETS[config.preset]
     steps = config.solver_steps or preset.sample.num_solver_steps
-    changes = {} if config.preset == "tiny" else dict(prompt_set="showcase", reward_preset="pickscore", max_batch_size=12)
+    changes = (
+        {} if config.preset == "tiny-published" else dict(prompt_set="showcase", reward_preset="pickscore", max_batch_size=12)
+    )
     return dataclasses.replace(
         preset, sample=dataclasses.replace(preset.sample, num_solver_steps=steps), eval_prompts=0, runs_dir=folder, compile=False,
         total_pairs_per_epoch=config.pairs, **changes,
@@ -78,7 +80,8 @@ def trained(job: Job, settings: TrainConfig, epochs: int) -> Run:
     if epochs == 0:
         return run
     run = train(
-        job, dataclasses.replace(settings, total_pairs_per_epoch=PRESETS["tiny"].total_pairs_per_epoch, num_epochs=epochs)
+        job,
+        dataclasses.replace(settings, total_pairs_per_epoch=PRESETS["tiny-published"].total_pairs_per_epoch, num_epochs=epochs),
     )
     run.log.close()
     return run
@@ -153,7 +156,7 @@ def measure(config: SubsetGradientConfig, job: Job, epochs: int) -> dict:
 
 
 def main(config: SubsetGradientConfig) -> None:
-    if config.preset != "tiny" and config.epochs != (0,):
+    if config.preset != "tiny-published" and config.epochs != (0,):
         raise UserError("--epochs has no effect with random weights: give --epochs 0.")
     with start_job() as job:
         device = torch.cuda.get_device_name() if job.device.type == "cuda" else "CPU"

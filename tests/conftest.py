@@ -92,7 +92,7 @@ def torchrun(processes: int, *command: object, timeout: int = 240, restarts: int
 
 
 TINY_RUN = (
-    "--preset", "tiny", "--total-pairs-per-epoch", 10, "--sample.num-solver-steps", 4, "--eval-prompts", 0,
+    "--preset", "tiny-published", "--total-pairs-per-epoch", 10, "--sample.num-solver-steps", 4, "--eval-prompts", 0,
 )  # fmt: skip
 FAMILIES = ("sd3", "klein", "z_image")
 

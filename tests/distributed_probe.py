@@ -22,9 +22,9 @@ from fdfo.storage.prompts import epoch_prompts
 
 def main(out: str, runs_dir: str, pairs: int, steps: int | None = None, branches: str = "both") -> None:
     config = dataclasses.replace(
-        PRESETS["tiny"],
+        PRESETS["tiny-published"],
         sample=SampleConfig(num_solver_steps=8, resolution=64),
-        train=dataclasses.replace(PRESETS["tiny"].train, steps_per_trajectory=steps, branches=branches),
+        train=dataclasses.replace(PRESETS["tiny-published"].train, steps_per_trajectory=steps, branches=branches),
         total_pairs_per_epoch=pairs,
         num_epochs=2,
         eval_prompts=0,

@@ -29,7 +29,7 @@ from fdfo.run_folder.folder import create_run_folder, run_numbers  # noqa: E402
 from fdfo.run_folder.log import LOG  # noqa: E402
 
 RUN = (
-    "--preset", "tiny", "--total-pairs-per-epoch", "4", "--sample.num-solver-steps", "2", "--eval-prompts", "4", "--eval-every", "1",
+    "--preset", "tiny-published", "--total-pairs-per-epoch", "4", "--sample.num-solver-steps", "2", "--eval-prompts", "4", "--eval-every", "1",
     "--save-freq", "1",
 )  # fmt: skip
 Result = tuple[int, int]  # survived, tried
@@ -54,7 +54,7 @@ def create_side_by_side(runs_dir: Path, processes: int, times: int) -> Result:
 
     def create(number: int) -> None:
         for i in range(times):
-            config = replace(PRESETS["tiny"], runs_dir=runs_dir, seed=number * times + i, run_name=f"by-{number}")
+            config = replace(PRESETS["tiny-published"], runs_dir=runs_dir, seed=number * times + i, run_name=f"by-{number}")
             barrier.wait()
             try:
                 mine.put((config.seed, create_run_folder(config)))

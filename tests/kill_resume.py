@@ -30,7 +30,7 @@ from fdfo.distributed.launch import run_command_line  # noqa: E402
 
 EPOCHS = 6
 FLAGS = (
-    "--preset", "tiny", "--total-pairs-per-epoch", "6", "--sample.num-solver-steps", "4", "--eval-prompts", "2",
+    "--preset", "tiny-published", "--total-pairs-per-epoch", "6", "--sample.num-solver-steps", "4", "--eval-prompts", "2",
     "--eval-every", "2", "--seed", "4", "--num-epochs", str(EPOCHS), "--save-freq", "1", "--keep-last", "2", "--resume-from", "auto",
     "--runs-dir",
 )  # fmt: skip

@@ -33,7 +33,7 @@ STAGES = {
 
 def main(runs_dir: Path) -> None:
     config = dataclasses.replace(
-        PRESETS["tiny"], sample=SampleConfig(num_solver_steps=4, resolution=64), total_pairs_per_epoch=3, num_epochs=6, save_freq=1,
+        PRESETS["tiny-published"], sample=SampleConfig(num_solver_steps=4, resolution=64), total_pairs_per_epoch=3, num_epochs=6, save_freq=1,
         eval_prompts=2, eval_every=5, runs_dir=runs_dir / "straight",
     )  # fmt: skip
     with start_job() as job:

@@ -93,7 +93,7 @@ def test_churn_numbers_default_by_schedule():
 
 
 def test_config_json_reads_back():
-    for config in (PRESETS["tiny"], TrainConfig(reward_specs=("pickscore=1.0",), run_name="x")):
+    for config in (PRESETS["tiny"], PRESETS["tiny-published"], TrainConfig(reward_specs=("pickscore=1.0",), run_name="x")):
         assert from_json(TrainConfig, to_json(config), "here") == config
 
 

@@ -23,7 +23,7 @@ SAMPLE = SampleConfig(num_solver_steps=4, resolution=64, guidance_scale=2.0)
 
 
 def forward(folder: Path, *, changes: dict, **others) -> TrainConfig:
-    optim = dataclasses.replace(PRESETS["tiny"].train, forward_process=True, **changes)
+    optim = dataclasses.replace(PRESETS["tiny-published"].train, forward_process=True, **changes)
     return small(folder, **({"sample": SAMPLE} | others), churn=INDEPENDENT, train=optim)
 
 
@@ -59,7 +59,7 @@ def test_samples_are_noised_final_latents_whatever_the_share_and_the_batch(job: 
 
 
 def test_it_trains_with_other_options_and_in_host_memory(job: Job, tmp_path: Path):
-    changes = dict(steps_per_trajectory=3, branches="one", kl_weight=0.5, proximal_weight=30.0)
+    changes = dict(steps_per_trajectory=3, branches="one", kl_weight=0.5, proximal_weight=5.0)
     plain = train(job, forward(tmp_path / "plain", changes=changes, num_epochs=2))
     host = train(job, forward(tmp_path / "host", changes=changes, num_epochs=2, offload_trajectories=True))
     assert comparable(plain.folder) == comparable(host.folder)

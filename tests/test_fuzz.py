@@ -28,7 +28,7 @@ fuzz = settings(
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3))
 NAMES = st.text(alphabet="abz019._-/:%~ \\\0\n\u00e9\u202e", max_size=40)
-CONFIG = to_dict(PRESETS["tiny"])
+CONFIG = to_dict(PRESETS["tiny-published"])
 ADAPTER_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["attn.to_q"], "lora_dropout": 0.0}
 PEFT_KEYS = [
     "init_lora_weights",

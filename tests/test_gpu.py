@@ -39,7 +39,7 @@ def small(folder: Path, **changes) -> TrainConfig:
         sample=SampleConfig(num_solver_steps=6, resolution=64), total_pairs_per_epoch=16, num_epochs=2, eval_prompts=0,
         runs_dir=folder,
     )  # fmt: skip
-    return dataclasses.replace(PRESETS["tiny"], **(quick | changes))
+    return dataclasses.replace(PRESETS["tiny-published"], **(quick | changes))
 
 
 def rollout_of(job: Job, config: TrainConfig) -> tuple[Run, Rollout]:

@@ -98,7 +98,7 @@ def test_pictures_are_those_of_the_stock_pipeline(tiny: FlowModel, tmp_path: Pat
 def test_numbers_do_not_depend_on_the_number_of_processes(straight: Path, tmp_path: Path, processes: int):
     """Two prompts on three processes leave one without any."""
     done = run_ranks(
-        processes, "train.py", "--preset", "tiny", "--total-pairs-per-epoch", 6, "--sample.num-solver-steps", 4, "--num-epochs", 2,
+        processes, "train.py", "--preset", "tiny-published", "--total-pairs-per-epoch", 6, "--sample.num-solver-steps", 4, "--num-epochs", 2,
         "--eval-prompts", 2, "--eval-every", 2, "--seed", 4, "--runs-dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -223,7 +223,7 @@ def test_prompts_without_a_score_are_left_out():
 def test_a_reward_built_to_be_hacked_is_told_and_best_is_not_the_last(tmp_path: Path, run_cli, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
     code, out, err = run_cli(
-        "train", "--preset", "tiny", "--reward-specs", "own_scorers:Brightness=1", "--total-pairs-per-epoch", 24, "--sample.num-solver-steps", 4,
+        "train", "--preset", "tiny-published", "--reward-specs", "own_scorers:Brightness=1", "--total-pairs-per-epoch", 24, "--sample.num-solver-steps", 4,
         "--train.learning-rate", 1e-3, "--num-epochs", 8, "--eval-every", 2, "--eval-prompts", 24, "--runs-dir", tmp_path,
     )  # fmt: skip
     assert code == 0, err

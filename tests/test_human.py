@@ -211,9 +211,10 @@ def test_killed_between_votes(tmp_path: Path):
 def test_the_defaults_for_people_and_their_flags(run_cli, tmp_path: Path):
     config = parse_train_config(["--preset", "tiny", "--reward-preset", "human"])
     assert (config.total_pairs_per_epoch, config.save_freq, config.eval_every) == (64, 1, 1) and "scene" in config.eval_metrics
-    assert config.train.learning_rate == 5e-4
+    assert config.train.learning_rate == 5e-4 and not config.train.forward_process
     assert parse_train_config(["--reward-specs", "human=1", "--total-pairs-per-epoch", "8"]).total_pairs_per_epoch == 8
-    assert parse_train_config(["--preset", "tiny"]).total_pairs_per_epoch == 128
+    scored = parse_train_config(["--preset", "tiny"])
+    assert scored.total_pairs_per_epoch == 128 and scored.train.forward_process
     for flags, says in (
         (["--human-port", 1], "--human-port has no effect without people who judge: add --reward-preset human"),
         (["--votes", "x"], "--votes has no effect without people who judge"),

@@ -11,7 +11,7 @@ from fdfo.method.trainer import train
 
 
 def test_a_few_epochs_raise_the_held_out_reward(job: Job, tmp_path: Path):
-    tiny = PRESETS["tiny"]
+    tiny = PRESETS["tiny-published"]
     config = dataclasses.replace(
         tiny,
         train=dataclasses.replace(tiny.train, learning_rate=5e-4),

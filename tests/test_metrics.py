@@ -33,7 +33,7 @@ CAPTIONS = ["a red circle on a white background", "a blue ring above a green cro
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run of two epochs, trained with guidance 2, each epoch saved."""
     config = dataclasses.replace(
-        PRESETS["tiny"], sample=dataclasses.replace(PRESETS["tiny"].sample, num_solver_steps=3, guidance_scale=2.0),
+        PRESETS["tiny-published"], sample=dataclasses.replace(PRESETS["tiny-published"].sample, num_solver_steps=3, guidance_scale=2.0),
         total_pairs_per_epoch=4, num_epochs=2, save_freq=1, eval_prompts=0, runs_dir=tmp_path_factory.mktemp("runs"),
     )  # fmt: skip
     return train(Job(0, 1, torch.device("cpu")), config).folder

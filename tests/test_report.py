@@ -69,7 +69,7 @@ def log_lines(epochs: int, every: int, seed: int) -> list[dict]:
 def make_run(folder: Path, epochs: int = 12, every: int = 4, seed: int = 0) -> Path:
     """A run folder as train.py leaves it, with made-up numbers."""
     (folder / "samples").mkdir(parents=True)
-    config = dataclasses.replace(PRESETS["tiny"], seed=seed, num_epochs=max(1, epochs), total_pairs_per_epoch=48)
+    config = dataclasses.replace(PRESETS["tiny-published"], seed=seed, num_epochs=max(1, epochs), total_pairs_per_epoch=48)
     (folder / "config.json").write_text(to_json(config))
     (folder / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log_lines(epochs, every, seed)))
     for epoch in range(0, epochs + 1, every):

@@ -33,7 +33,7 @@ from run_logs import END, gpu_of  # noqa: E402
 def fake_run(folder: Path, epochs: int, scene: float, seed: int) -> None:
     """A run's kept log, whose scores rise to `scene`; scene_clip rises by 10, with a spread of 1.41 over two captions."""
     folder.mkdir(parents=True)
-    config = dataclasses.replace(PRESETS["tiny"], num_epochs=epochs, seed=seed)
+    config = dataclasses.replace(PRESETS["tiny-published"], num_epochs=epochs, seed=seed)
     (folder / CONFIG).write_text(to_json(config))
     (folder / END).write_text('{"wall": 1.0, "broke": "", "machine": "a test"}')
     lines = []
@@ -58,7 +58,7 @@ def test_the_flags_of_all_settings_exist():
         for flags in tune.SETTINGS[method].values():
             tiny_config(parse(read, flags.split()), method)
     for flags in tune.SETTINGS["fdfo"].values():
-        parse_train_config(["--preset", "tiny", *flags.split()])
+        parse_train_config(["--preset", "tiny-published", *flags.split()])
 
 
 def test_the_best_setting_goes_into_the_final_and_the_page_shows_it(tmp_path: Path):

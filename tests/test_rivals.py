@@ -12,7 +12,7 @@ from conftest import CPU, ROOT, normals
 from fdfo.config.command_line import parse
 from fdfo.config.errors import UserError
 from fdfo.config.presets import PRESETS
-from fdfo.config.train_options import ChurnConfig, OptimConfig
+from fdfo.config.train_options import ChurnConfig
 from fdfo.distributed.job import Job
 from fdfo.method.estimator import pair_deviation
 from fdfo.method.prepare import Run
@@ -36,6 +36,7 @@ from flow_grpo import (  # noqa: E402
 )
 from learning_tables import Cost, LearningRun, cost_of_epoch  # noqa: E402
 from loop import learning_rate, train_rival  # noqa: E402
+from settings import SETTINGS  # noqa: E402
 from variant_math import best_and_worst, deviation, gain_probabilities, noise_weights  # noqa: E402
 
 GRID = torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0])
@@ -192,7 +193,9 @@ def test_flags_of_variants_that_do_not_fit(flags: str, message: str):
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of train.py."""
     small = {"num_epochs": 2, "total_pairs_per_epoch": 8, "eval_every": 1, "eval_prompts": 8}
-    return train(Job(0, 1, CPU), dataclasses.replace(PRESETS["tiny"], **small, runs_dir=tmp_path_factory.mktemp("base")))
+    return train(
+        Job(0, 1, CPU), dataclasses.replace(PRESETS["tiny-published"], **small, runs_dir=tmp_path_factory.mktemp("base"))
+    )
 
 
 @pytest.fixture
@@ -220,7 +223,7 @@ def test_a_rival_starts_as_train_py_and_logs_as_it_does(rival: type, options: Ri
         assert read.of("step")[0]["distance_to_old"] == pytest.approx(0, abs=1e-8)
 
 
-FORWARD = OptimConfig(learning_rate=1e-3, clip_range=0.2, forward_process=True, proximal_weight=30.0)
+FORWARD, FORWARD_FLAGS = PRESETS["tiny"].train, SETTINGS["fdfo_variants"]["fresh-residual-twins-relative-5-rate-1e-3"]
 
 
 @pytest.mark.parametrize(
@@ -229,10 +232,11 @@ FORWARD = OptimConfig(learning_rate=1e-3, clip_range=0.2, forward_process=True, 
         ({}, ""),
         (
             dict(train=FORWARD, churn=ChurnConfig("prior", weight=8, weight_sd=0)),
-            "--states fresh --twin 0 --residual 1 --schedule prior --churn 8 --proximal 30 --learning-rate 1e-3",
+            FORWARD_FLAGS + " --schedule prior --churn 8",
         ),
+        (dict(train=FORWARD), FORWARD_FLAGS),
     ],
-    ids=["FDFO", "forward process"],
+    ids=["FDFO", "independent images", "the tiny preset"],
 )
 def test_a_variant_is_train_py(trained: Run, job: Job, tmp_path: Path, changes: dict, flags: str):
     if changes:
@@ -250,7 +254,7 @@ def test_a_variant_is_train_py(trained: Run, job: Job, tmp_path: Path, changes: 
 
 def test_a_variant_with_all_flags_learns_from_what_it_keeps(job: Job, tmp_path: Path):
     flags = "--group 4 --baseline best-worst --starts-per-prompt 2 --ema 0.5 --ema-eval --fall-to 0.1 --optimizer-steps 3"
-    flags += " --adam-beta2 0.9 --max-grad-norm 9 --noise-weight -1 --gain-power 1 --proximal 9 --churn 0.05 --clip-range 0.5"
+    flags += " --adam-beta2 0.9 --max-grad-norm 9 --noise-weight -1 --gain-power 1 --proximal 9 --relative-proximal 2 --churn 0.05 --clip-range 0.5"
     options = dataclasses.replace(parse(VariantOptions, flags.split()), **SMALL, out=tmp_path)
     run = train_rival(job, options, FdfoVariant)
     group = run.learner.optimizer.param_groups[0]

@@ -90,7 +90,7 @@ def test_blocks_are_computed_again_as_they_were_computed(monkeypatch: pytest.Mon
         {},
         dict(
             sample=SampleConfig(num_solver_steps=4, resolution=64, guidance_scale=2.0),
-            train=dataclasses.replace(PRESETS["tiny"].train, kl_weight=0.5),
+            train=dataclasses.replace(PRESETS["tiny-published"].train, kl_weight=0.5),
             reward_specs=("scene=1.0", "scene_clip=0.5"),
         ),
     ],

@@ -27,7 +27,7 @@ from fdfo.method.update import accumulate_gradient, deal_samples, optimizer_step
 from fdfo.model.memory import trajectory_bytes
 from fdfo.run_folder.start import find_auto_start, find_start
 
-TINY = PRESETS["tiny"]
+TINY = PRESETS["tiny-published"]
 
 
 def subset(steps: int | None, branches: str, **changes) -> OptimConfig:

@@ -19,13 +19,13 @@ from fdfo.method.learner import LossScale
 from fdfo.method.prepare import Run, prepare
 from fdfo.method.rollout import PairShare, sample_share, score_share
 from fdfo.method.trainer import train
-from fdfo.method.update import EpochData, StepSamples, farthest_ratio, optimizer_step, step_samples
+from fdfo.method.update import EpochData, StepSamples, farthest_ratio, micro_batch_loss, optimizer_step, step_samples
 from fdfo.run_folder.find_checkpoint import find_checkpoint, read_config
 from fdfo.run_folder.log import RunLog
 from fdfo.run_folder.start import FRESH, find_start
 from fdfo.storage.prompts import load_prompts
 
-TINY = PRESETS["tiny"]
+TINY = PRESETS["tiny-published"]
 
 
 def small(folder: Path, **changes) -> TrainConfig:
@@ -205,15 +205,17 @@ def test_options_train(job: Job, tmp_path: Path, changes: dict):
     assert all(step["applied"] for step in log_of(run.folder, "step"))
 
 
-@pytest.mark.parametrize("term", ["kl_weight", "proximal_weight"])
-def test_a_term_pulls_back_to_the_velocity_of_the_base_or_of_the_sampling(job: Job, tmp_path: Path, term: str):
-    """With the term alone (no reward difference left), a displaced adapter gets a gradient that lowers the distance."""
-    config = small(tmp_path, train=OptimConfig(learning_rate=1e-3, **{term: 1.0}))
+@pytest.mark.parametrize("term, weight, dR", [("kl_weight", 1.0, 0.0), ("proximal_weight", 1e4, 1e-4)])
+def test_a_term_pulls_back_to_the_velocity_of_the_base_or_of_the_sampling(
+    job: Job, tmp_path: Path, term: str, weight: float, dR: float
+):
+    """With the term alone (no reward difference left, or next to none), a displaced adapter gets a gradient that lowers the distance."""
+    config = small(tmp_path, train=OptimConfig(learning_rate=1e-3, **{term: weight}))
     run, data = first_rollout(job, config)
     with torch.no_grad():
         for _, parameter in run.model.named_trainable():
             parameter.add_(0.01)
-    data.differences.dR.zero_()
+    data.differences.dR.fill_(dR)
     losses = []
     for samples in step_samples(run.plan, config, 0, range(6)) * 3:
         stats = optimizer_step(job, run.learner, data, samples)
@@ -229,6 +231,21 @@ def first_rollout(job: Job, config: TrainConfig) -> tuple[Run, EpochData]:
     rollout = sample_share(run.model, config, run.plan, share)
     differences = score_share(rollout, run.model.decode(rollout.final), run.judges.reward)
     return run, EpochData(run.model, config, run.plan, rollout, differences)
+
+
+@pytest.mark.parametrize("forward_process", [False, True])
+def test_the_proximal_term_fits_a_reward_of_any_scale(job: Job, tmp_path: Path, forward_process: bool):
+    config = small(tmp_path, train=OptimConfig(proximal_weight=5.0, forward_process=forward_process))
+    run, data = first_rollout(job, config)
+    with torch.no_grad():
+        for _, parameter in run.model.named_trainable():
+            parameter.add_(0.01)
+        sigmas, batch = run.model.sigmas(4, 64), torch.arange(8)
+        loss, _ = micro_batch_loss(data, sigmas, batch)
+        assert loss.abs().min() > 0
+        data.differences.dR.mul_(100)
+        larger, _ = micro_batch_loss(data, sigmas, batch)
+    torch.testing.assert_close(larger, 100 * loss)
 
 
 def test_sampling_and_training_must_agree(job: Job, tmp_path: Path):

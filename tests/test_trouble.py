@@ -117,7 +117,7 @@ def test_strict_stops_with_a_checkpoint_and_the_warning_is_in_the_log(job: Job, 
 
 
 def test_smaller_micro_batches_keep_the_samples_and_steps():
-    config = dataclasses.replace(PRESETS["tiny"], sample=SampleConfig(8, 1.0, 64, batch_size=20))
+    config = dataclasses.replace(PRESETS["tiny-published"], sample=SampleConfig(8, 1.0, 64, batch_size=20))
     before, after = plan_batches(config, 3), plan_batches(with_largest(config, 15), 3)
     assert (after.samples, after.pairs, after.gradient_steps) == (before.samples, before.pairs, before.gradient_steps)
     assert (before.sample_batch, after.sample_batch) == (20, 15) and after.train_batch <= 15 < before.train_batch

@@ -152,7 +152,7 @@ def test_training_with_the_judge(folder: Path, job: Job, tmp_path: Path):
     from fdfo.method.trainer import train
 
     config = dataclasses.replace(
-        PRESETS["tiny"], sample=SampleConfig(num_solver_steps=2, resolution=64), total_pairs_per_epoch=3, num_epochs=1,
+        PRESETS["tiny-published"], sample=SampleConfig(num_solver_steps=2, resolution=64), total_pairs_per_epoch=3, num_epochs=1,
         eval_prompts=0, runs_dir=tmp_path, reward_specs=("scene_clip=1.0", "vlm_alignment=0.1", "vlm_questions=0.1"), vlm_model_name=str(folder),
         prompt_set="questions",
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What the rivals share: options, the images of an epoch, and what a method has to do.
 
-A rival trains the model, LoRA, reward and prompts of `train.py --preset tiny`, by default with as many images and optimizer steps an
-epoch. loop.py trains it.
+A rival trains the model, LoRA, reward and prompts of `train.py --preset tiny-published`, by default with as many images and
+optimizer steps an epoch. loop.py trains it.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class RivalOptions(Options):
     """seed of the order of prompts, the noise, the LoRA's start and the order of samples"""
     out: Path = Path("runs")
     """folder that gets the run's folder"""
-    images: Count = 2 * PRESETS["tiny"].total_pairs_per_epoch
+    images: Count = 2 * PRESETS["tiny-published"].total_pairs_per_epoch
     """images an epoch"""
     group: Annotated[int, Field(ge=2, le=1_000_000)] = 8
     """images of a prompt, which are each other's baseline"""
@@ -45,11 +45,11 @@ class RivalOptions(Options):
     """AdamW learning rate"""
     fall_to: Positive = 1.0
     """the learning rate falls linearly, to this share of it in the last epoch; 1: it stays"""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = PRESETS["tiny"].train.adam_beta2
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = PRESETS["tiny-published"].train.adam_beta2
     """AdamW beta2"""
-    max_grad_norm: Positive = PRESETS["tiny"].train.max_grad_norm
+    max_grad_norm: Positive = PRESETS["tiny-published"].train.max_grad_norm
     """norm to which the gradient of an optimizer step is clipped"""
-    optimizer_steps: Count = PRESETS["tiny"].gradient_steps_per_epoch
+    optimizer_steps: Count = PRESETS["tiny-published"].gradient_steps_per_epoch
     """optimizer steps an epoch"""
     eval_every: Count = 10
     """epochs between evaluations"""
@@ -117,7 +117,7 @@ class Rival(Protocol):
 def tiny_config(options: RivalOptions, name: str) -> TrainConfig:
     """Return the tiny preset with a rival's options. Raises UserError for options that do not fit together."""
     options.check()
-    tiny = PRESETS["tiny"]
+    tiny = PRESETS["tiny-published"]
     optimizer = {field: getattr(options, field) for field in ("learning_rate", "adam_beta2", "max_grad_norm")}
     return dataclasses.replace(
         tiny, train=dataclasses.replace(tiny.train, **optimizer), seed=options.seed, runs_dir=options.out, run_name=name,

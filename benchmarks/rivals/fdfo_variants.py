@@ -2,7 +2,8 @@
 
 python benchmarks/rivals/fdfo_variants.py --num-epochs 200 --seed 6 --out runs --group 8 --clip-range 0.5
 
-Without flags it is `train.py --preset tiny`: same draws, same order of samples, same loss. Formulas are cited as in docs/method.md.
+Without flags it is `train.py --preset tiny-published`: same draws, same order of samples, same loss. Formulas are cited as in
+docs/method.md.
 - A group are K branches of one starting noise; K = 2 is FDFO's pair (2). A prompt has M starts.
 - dx and dR (3) are deviations from the mean of a start's K branches; of its branches with the highest and the lowest reward, which
   alone are trained on; or of all K M images of the prompt, across its starts (--baseline).
@@ -15,7 +16,8 @@ Without flags it is `train.py --preset tiny`: same draws, same order of samples,
   average <- ema average + (1 - ema) adapter after each epoch. Evaluations are those of the trained adapter, or with --ema-eval of
   the average.
 - --proximal L adds L mean((v - v_ref)^2) to the loss of every sample. The surrogate holds v along d alone, and not at all where
-  the branches have one reward.
+  the branches have one reward. --relative-proximal L adds L |dR| mean((v - v_ref)^2), which fits a reward of any scale, with the dR
+  of --residual where that is on.
 - --noise-weight multiplies a sample's loss by a power of its noise level, with mean 1 over the grid.
 - --gain-power draws an epoch's prompts by what they still have to gain: with a probability that follows
   (101 - mean reward of the prompt)^Q. A prompt that was not drawn yet counts as the mean of those that were. Only here do an
@@ -76,6 +78,8 @@ class VariantOptions(RivalOptions):
     """evaluate the average"""
     proximal: NotNegative = 0.0
     """L: weight of the squared distance to the velocity that sampled"""
+    relative_proximal: NotNegative = 0.0
+    """the same, as a multiple of each image's |dR|"""
     noise_weight: float = 0.0
     """P: weigh samples by sigma^P, or by (1 - sigma)^-P if it is below 0"""
     gain_power: NotNegative = 0.0
@@ -201,8 +205,9 @@ class FdfoVariant(Rival):
             d = own_direction(x, v_ref, sigma, self.final[row])
             added, ratio = surrogate_loss(v, v_ref, d, self.dR_prompt[place], options.clip_range)
             loss = loss + options.residual * sigma * added
-        if options.proximal > 0:
-            loss = loss + options.proximal * squared_distance(v, v_ref)
+        if options.proximal > 0 or options.relative_proximal > 0:
+            size = (self.dR_prompt if options.residual > 0 else self.dR)[place].abs()
+            loss = loss + (options.proximal + options.relative_proximal * size) * squared_distance(v, v_ref)
         return self.weights[step] * loss, {"ratio_mean": ratio, "clipfrac": (ratio - 1).abs() > options.clip_range}
 
     def finish(self, epochs: int) -> None:

@@ -6,7 +6,7 @@ Method = Literal["fdfo", "flow_grpo", "diffusion_nft", "fdfo_variants"]
 METHODS: tuple[Method, ...] = ("fdfo", "flow_grpo", "diffusion_nft")  # that rival_page.py compares, tuned alike
 VARIANTS: Method = "fdfo_variants"
 SCRIPTS = {
-    "fdfo": ("train.py", "--preset", "tiny", "--save-freq", "1000", "--runs-dir"),
+    "fdfo": ("train.py", "--preset", "tiny-published", "--save-freq", "1000", "--runs-dir"),
     "flow_grpo": ("benchmarks/rivals/flow_grpo.py", "--out"),
     "diffusion_nft": ("benchmarks/rivals/diffusion_nft.py", "--out"),
     VARIANTS: ("benchmarks/rivals/fdfo_variants.py", "--out"),
@@ -95,6 +95,9 @@ SETTINGS = {  # of METHODS eight each: the defaults, and one change at a time
         "fresh-residual-2-proximal-30-rate-1e-3": "--states fresh --twin 0 --residual 1 --schedule prior --churn 8 --proximal 30 "
         "--learning-rate 1e-3",
         "fresh-residual-twins-proximal-30-rate-1e-3": "--states fresh --twin 0 --residual 1 --proximal 30 --learning-rate 1e-3",
+        "fresh-residual-2-relative-5-rate-1e-3": "--states fresh --twin 0 --residual 1 --schedule prior --churn 8 --relative-proximal 5 "
+        "--learning-rate 1e-3",
+        "fresh-residual-twins-relative-5-rate-1e-3": "--states fresh --twin 0 --residual 1 --relative-proximal 5 --learning-rate 1e-3",
         "residual-2-proximal-30-rate-1e-3": "--twin 0 --residual 1 --schedule prior --churn 8 --proximal 30 --learning-rate 1e-3",
         "fresh-residual-8-rate-1e-3": "--states fresh --twin 0 --residual 1 --group 8 --schedule prior --churn 8 --learning-rate 1e-3",
         "residual-8-rate-1e-3": "--twin 0 --residual 1 --group 8 --schedule prior --churn 8 --learning-rate 1e-3",

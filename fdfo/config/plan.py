@@ -170,5 +170,5 @@ def plan_images(config: GenerateConfig | MetricsConfig, run: TrainConfig | None,
         config.batch_size,
         published_processes(config),
     )
-    prompt_set = "tiny_heldout" if base.preset == "tiny" else "showcase"
+    prompt_set = "tiny_heldout" if base.preset in ("tiny", "tiny-published") else "showcase"
     return ImagePlan(config.pretrained_model or base.pretrained_model, base.precision != "fp32", prompt_set, settings)

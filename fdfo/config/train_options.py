@@ -46,10 +46,11 @@ class OptimConfig(Options):
     kl_weight: Annotated[NotNegative, CHANGEABLE] = 0.0
     """weight of the squared distance to the base model's velocity; 0 means none"""
     proximal_weight: Annotated[NotNegative, CHANGEABLE] = 0.0
-    """weight of the squared distance to the velocity that sampled; 0, as published, means none (docs/gap.md)"""
+    """weight of the squared distance to the velocity that sampled, as a multiple of each sample's |dR|; 0, as published, means none
+    (docs/gap.md)"""
     forward_process: bool = False
     """train on final latents that are noised anew, each pulled towards its own image or pushed away from it, instead of on
-    trajectories and the difference of a pair; best with pairs of independent starts and a proximal weight (docs/gap.md)"""
+    trajectories and the difference of a pair; breaks at a high learning rate without a proximal weight (docs/gap.md)"""
     batch_size: Annotated[Count | None, FREE] = None
     """samples per micro-batch in training; derived from --max-batch-size if left out"""
     steps_per_trajectory: Count | None = None
@@ -79,13 +80,14 @@ class ChurnConfig(Options):
 class TrainConfig(Options):
     """Train a LoRA of a text-to-image flow model with a reward, by Finite Difference Flow Optimization."""
 
-    preset: Literal["sd35-medium", "sd35-medium-fast", "sd35-medium-24gb", "sd35-large", "flux2-klein", "z-image", "tiny"] = (
-        "sd35-medium"
-    )
+    preset: Literal[
+        "sd35-medium", "sd35-medium-fast", "sd35-medium-24gb", "sd35-large", "flux2-klein", "z-image", "tiny", "tiny-published"
+    ] = "sd35-medium"
     """set of defaults: sd35-medium, as published; sd35-medium-fast, which trains on a subset of each epoch's samples;
     sd35-medium-24gb, the same for one GPU of 24 GB, with a smaller judge; tiny, a small bundled model that needs no download and no
-    GPU. Other base models, whose learning rate, clip range and churn are untried on real weights: flux2-klein (4B) for 24 GB, z-image
-    and sd35-large for 48 GB"""
+    GPU, trained by the forward process (docs/gap.md); tiny-published, the same model trained as published.
+    Other base models, whose learning rate, clip range and churn are untried on real weights: flux2-klein (4B) for 24 GB, z-image and
+    sd35-large for 48 GB"""
     sample: SampleConfig = SampleConfig()
     train: OptimConfig = OptimConfig()
     churn: ChurnConfig = ChurnConfig()

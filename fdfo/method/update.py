@@ -151,7 +151,7 @@ def micro_batch_loss(data: EpochData, sigmas: torch.Tensor, batch: torch.Tensor)
     loss = share * surrogate
     kept = ~differences.dropped[row]
     if config.train.proximal_weight > 0:
-        loss = loss + config.train.proximal_weight * kept * squared_distance(v, v_ref)
+        loss = loss + config.train.proximal_weight * differences.dR[row].abs() * squared_distance(v, v_ref)
     if config.train.kl_weight > 0:
         loss = loss + config.train.kl_weight * kept * squared_distance(v, v_base)
     return weight * loss, torch.where(kept, ratio.detach(), torch.ones_like(ratio))
