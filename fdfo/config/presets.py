@@ -81,7 +81,8 @@ def judged_by_people(config: TrainConfig) -> bool:
 def for_people(preset: TrainConfig) -> TrainConfig:
     """Return a preset with the defaults for people: epochs that they can judge, and after each a checkpoint and an evaluation.
 
-    The bundled model trains as published with them: that is what was measured with a simulated person (docs/human_simulated.md).
+    The bundled model trains as published with them: from the votes of a simulated person it learns more that way
+    (docs/human_simulated.md).
     """
     tiny = preset.pretrained_model == "tiny"
     return dataclasses.replace(
